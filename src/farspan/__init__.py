@@ -1,0 +1,3 @@
+"""Farspan: language models whose attention reaches far."""
+
+__version__ = "0.1.0"
