@@ -1,0 +1,18 @@
+"""Operators: pure functions of tensors, each with a readable reference and faster forms behind one signature.
+
+All take the layout `[B, T, H, K]` (sequence before heads), accept packed documents through `cu_seqlens`, keep states
+in float32 and choose their backend per call. Operators with a state return `(out, final_state)`.
+"""
+
+from farspan.ops._backend import availability
+from farspan.ops.gated_linear.api import gated_linear_attention, gated_linear_attention_step
+from farspan.ops.metala.api import metala_attention
+from farspan.ops.short_convolution.api import short_convolution
+
+__all__ = [
+    "availability",
+    "gated_linear_attention",
+    "gated_linear_attention_step",
+    "metala_attention",
+    "short_convolution",
+]

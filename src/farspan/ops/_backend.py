@@ -1,0 +1,107 @@
+"""Which implementation serves a call, and why another one cannot.
+
+Each operator registers its implementations by name when its `api` module is imported. The choice is made per call from
+the tensors alone: no environment variable, no query at import time, no silent fallback when a backend was named.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farspan.errors import BackendUnavailable, ConfigError, nearest
+
+Implementation = Callable[..., Any]
+Limits = Callable[[Sequence[Tensor]], str | None]
+
+BACKENDS = ("auto", "reference", "torch", "triton")
+OLDEST_CAPABILITY = (8, 0)
+
+_implementations: dict[str, dict[str, Implementation | str]] = {}
+_limits: dict[str, Limits] = {}
+
+
+def register(
+    op: str,
+    *,
+    reference: Implementation,
+    torch: Implementation,
+    triton: str | None = None,
+    triton_limits: Limits | None = None,
+) -> None:
+    """Registers the implementations of one operator.
+
+    Args:
+        op: public name of the operator.
+        reference: the readable form that defines the operator.
+        torch: the fast form in PyTorch; may be the same function.
+        triton: `"module:function"` of the kernel form, imported at its first use; None when there is none.
+        triton_limits: given the tensors of a call, says why the kernels cannot serve them, or None.
+    """
+    _implementations[op] = {"reference": reference, "torch": torch}
+    if triton is not None:
+        _implementations[op]["triton"] = triton
+    if triton_limits is not None:
+        _limits[op] = triton_limits
+
+
+def resolve(op: str, backend: str, tensors: Sequence[Tensor | None]) -> Implementation:
+    """Chooses the implementation of one call.
+
+    `"auto"` takes the kernels where they are registered and serve these tensors, otherwise the PyTorch form.
+
+    Args:
+        op: public name of the operator.
+        backend: one of `"auto"`, `"reference"`, `"torch"`, `"triton"`.
+        tensors: the tensors of the call; None entries are left out.
+
+    Returns:
+        The function to call.
+
+    Raises:
+        ConfigError: the backend's name is not known.
+        BackendUnavailable: the backend was named and cannot serve; the message says why and what works.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"{op}: backend={backend!r} is not known; {nearest(backend, BACKENDS)}")
+    given = [tensor for tensor in tensors if tensor is not None]
+    if backend == "auto":
+        on_gpu = bool(given) and given[0].is_cuda
+        backend = "triton" if on_gpu and triton_reason(op, given) is None else "torch"
+    elif backend == "triton":
+        reason = triton_reason(op, given)
+        if reason is not None:
+            raise BackendUnavailable(f"{op}: backend='triton' cannot serve here: {reason}; use backend='torch'.")
+    return _load(_implementations[op][backend])
+
+
+def availability() -> dict[str, dict[str, str | None]]:
+    """Each operator's backends: None when it can serve on this machine, otherwise the reason why not."""
+    return {op: {"reference": None, "torch": None, "triton": triton_reason(op)} for op in sorted(_implementations)}
+
+
+def triton_reason(op: str, tensors: Sequence[Tensor] = ()) -> str | None:
+    """Why the kernels of an operator cannot serve on this machine, or these tensors; None if they can."""
+    if "triton" not in _implementations[op]:
+        return "this operator has no kernels"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'farspan[gpu]')"
+    if not torch.cuda.is_available():
+        return "no CUDA device is available"
+    if tensors and not tensors[0].is_cuda:
+        return f"the tensors are on {tensors[0].device}"
+    capability = torch.cuda.get_device_capability(tensors[0].device if tensors else None)
+    if capability < OLDEST_CAPABILITY:
+        return f"the device has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+    return _limits[op](tensors) if tensors and op in _limits else None
+
+
+def _load(implementation: Implementation | str) -> Implementation:
+    if isinstance(implementation, str):
+        module, _, function = implementation.partition(":")
+        loaded: Implementation = getattr(importlib.import_module(module), function)
+        return loaded
+    return implementation
