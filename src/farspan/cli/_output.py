@@ -1,0 +1,58 @@
+"""What every command prints with: one console for results, one for messages, and one form of an error."""
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+out = Console()
+err = Console(stderr=True)
+
+
+def message(text: str, *, label: str = "", style: str = "bold red") -> None:
+    """Prints one line of text on stderr, never wrapped and never read as markup, after an optional coloured label."""
+    line = Text(f"{label}: " if label else "", style=style)
+    err.print(line.append(text, style="default not bold"), soft_wrap=True, highlight=False)
+
+
+def fail(text: str) -> int:
+    """Prints an error on stderr and returns the exit code of a mistake that the user can mend, 2."""
+    message(text, label="error")
+    return 2
+
+
+def describe_os_error(error: OSError) -> str:
+    """Names the file and the reason of an `OSError` in one line, and what to do where that is known."""
+    hints = {
+        "ENOSPC": "free some space or write to another disk, then run the same command again",
+        "EDQUOT": "free some of the quota or write to another disk, then run the same command again",
+        "EACCES": "choose a place that you may read and write",
+        "EROFS": "choose a place that you may write",
+    }
+    name = errno.errorcode.get(error.errno or 0, "")
+    names = [str(part) for part in (error.filename, error.filename2) if part is not None]
+    text = f"{' -> '.join(names)}: {error.strerror or error}" if names else str(error.strerror or error)
+    return f"{text}; {hints[name]}." if name in hints else text
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Progress]:
+    """A progress display on stderr that leaves nothing behind; silent where stderr is not a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as display:
+        yield display
+
+
+def silence_broken_pipe() -> None:
+    """Points stdout at the null device, so that the interpreter's last flush does not complain about a closed pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
