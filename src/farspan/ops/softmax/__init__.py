@@ -1,0 +1,1 @@
+"""Softmax attention: the baseline, with packed documents, padding and sliding windows."""

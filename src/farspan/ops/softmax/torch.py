@@ -1,0 +1,86 @@
+"""Softmax attention through PyTorch's fused kernels, never with a T×T mask where one can be avoided."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from farspan.ops import varlen
+from farspan.ops.softmax.reference import visible
+
+
+def softmax_attention_sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """See `softmax_attention`. Packed documents run one after another, windows in blocks of `window` queries."""
+    if cu_seqlens is None:
+        return _attend(q, k, v, scale, causal, window, key_mask)
+    pieces = [
+        _attend(q[:, a:b], k[:, a:b], v[:, a:b], scale, causal, window, None)
+        for a, b in varlen.spans(cu_seqlens)
+        if b > a
+    ]
+    return torch.cat(pieces, dim=1) if pieces else torch.zeros_like(q[..., :1]).expand(*q.shape[:3], v.shape[-1])
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None, key_mask: Tensor | None
+) -> Tensor:
+    queries, keys = q.shape[1], k.shape[1]
+    if window is not None and window >= keys:
+        window = None
+    if key_mask is None and window is None and (not causal or queries == keys or queries == 1):
+        return _sdpa(q, k, v, scale, causal=causal and queries > 1)
+    if key_mask is None and window is not None and causal and queries == keys:
+        return _windowed(q, k, v, scale, window)
+    seen = visible(
+        queries, keys, causal=causal, window=window, key_mask=key_mask, cu_seqlens=None, device=q.device
+    )
+    # Fused kernels return NaN for a row without keys: let it see everything, then set it to 0.
+    empty = ~seen.any(-1, keepdim=True)
+    out = _sdpa(q, k, v, scale, mask=(seen | empty).unsqueeze(1))
+    return out.masked_fill(empty.unsqueeze(-1), 0.0)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+    """Causal attention to the last `window` keys in O(T·window): each block of queries sees two blocks of keys."""
+    batch, length = q.shape[:2]
+    blocks = -(-length // window)
+    fill = blocks * window - length
+    # [B·blocks, window, H, K] queries against [B·blocks, 2·window, G, K] keys: the previous block and their own.
+    q = pad(q, (0, 0, 0, 0, 0, fill)).reshape(batch * blocks, window, *q.shape[2:])
+
+    def with_previous(x: Tensor) -> Tensor:
+        x = pad(x, (0, 0, 0, 0, window, fill)).unflatten(1, (blocks + 1, window))
+        return torch.cat((x[:, :-1], x[:, 1:]), dim=2).flatten(0, 1)
+
+    row = torch.arange(window, device=q.device).unsqueeze(1)
+    column = torch.arange(2 * window, device=q.device).unsqueeze(0)
+    inside = (column > row) & (column <= row + window)
+    first = inside & (column >= window)
+    mask = inside.expand(batch, blocks, -1, -1).clone()
+    mask[:, 0] = first
+    out = _sdpa(q, with_previous(k), with_previous(v), scale, mask=mask.reshape(batch * blocks, 1, window, 2 * window))
+    return out.reshape(batch, blocks * window, *out.shape[2:])[:, :length]
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    out = scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
