@@ -1,0 +1,169 @@
+"""What a run tells: metrics.jsonl for programs, TensorBoard for curves, a live bar or plain lines for people."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+# Dense bfloat16 peaks of the makers' data sheets, FLOP/s. A device that is not here gets no utilisation figure, because
+# a guessed peak makes a wrong one.
+_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+
+
+def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
+    """Peak FLOP/s of `device` in bfloat16, or None where it is not known."""
+    if device.type != "cuda" or precision != torch.bfloat16:
+        return None
+    words = torch.cuda.get_device_name(device).replace("-", " ").split()
+    return next((peak for name, peak in _PEAKS.items() if name in words), None)
+
+
+class MetricsLog:
+    """Appends rows to metrics.jsonl; a resumed run first cuts off what came after its checkpoint.
+
+    Every row has `kind` ("train" or "evaluation") and `step`. A row is in the hands of the operating system when
+    `write` returns, so killing the process loses none.
+
+    Args:
+        path: The file.
+        after_step: Rows of later steps are removed, as is a last line that was cut short; 0 empties the file.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+
+    def __init__(self, path: Path, after_step: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(path) if row["step"] <= after_step] if after_step else []
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends one row."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl up to the first that is not whole; an absent file has none."""
+    rows: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                break  # the process died while writing it; nothing follows
+            if not isinstance(row, dict) or "step" not in row:
+                break
+            rows.append(row)
+    return rows
+
+
+class TensorBoard:
+    """Scalars for TensorBoard.
+
+    Args:
+        directory: Where the events go; None writes nothing.
+        after_step: Points of later steps, written before a crash, are hidden.
+    """
+
+    def __init__(self, directory: Path | None, after_step: int = 0) -> None:
+        self._writer: Any = None
+        if directory is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(directory), purge_step=after_step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Writes every number of a row of metrics.jsonl as `kind/name`."""
+        if self._writer is not None:
+            for name, value in row.items():
+                if name not in ("kind", "step") and isinstance(value, int | float):
+                    self._writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Display:
+    """Shows a run on a console: one live bar on a terminal, a plain line now and then elsewhere.
+
+    Args:
+        mode: "live", "plain", "none", or "auto" for live on a terminal and plain otherwise.
+        every: Steps between plain lines.
+        console: Where to print; standard output by default.
+    """
+
+    def __init__(
+        self, mode: Literal["auto", "live", "plain", "none"], every: int, console: Console | None = None
+    ) -> None:
+        self.console = console or Console(soft_wrap=True, quiet=mode == "none")
+        self.live = mode == "live" or (mode == "auto" and self.console.is_terminal)
+        self.every = every
+        self.total = 0
+        self._task = TaskID(0)
+        self._progress: Progress | None = None
+
+    def start(self, total: int, done: int) -> None:
+        """Begins to show steps `done` to `total`."""
+        self.total = total
+        if self.live:
+            columns = TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[m]}")
+            self._progress = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=self.console)
+            self._task = self._progress.add_task("training", total=total, completed=done, m="")
+            self._progress.start()
+
+    def step(self, row: dict[str, Any], seconds_left: float) -> None:
+        """Shows a row of kind "train"."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=row["step"], m=_summary(row))
+        elif row["step"] % self.every == 0 or row["step"] in (1, self.total):
+            self.message(f"step {row['step']:>6}/{self.total}  {_summary(row)}  left {duration(seconds_left)}")
+
+    def message(self, text: str) -> None:
+        """Prints one line, above the bar if there is one."""
+        self.console.print(text, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Takes the bar down and leaves its last state."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _summary(row: dict[str, Any]) -> str:
+    """Loss and speed of one step, for people."""
+    parts = [
+        f"loss {row['loss']:.4f}",
+        f"{quantity(row['tokens_per_second'])}tok/s",
+        f"{quantity(row['flops_per_second'])}FLOP/s",
+    ]
+    return "  ".join([*parts, f"MFU {row['mfu']:.1%}"] if "mfu" in row else parts)
+
+
+def quantity(value: float) -> str:
+    """A number with three digits and a unit prefix, ready for its unit: 12345 is "12.3 k"."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(value) < 999.5:
+            return f"{value:.3g} {prefix}"
+        value /= 1000
+    return f"{value:.3g} P"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
