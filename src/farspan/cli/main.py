@@ -1,7 +1,7 @@
 """The `farspan` program: it finds the command, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done; 2 a mistake that the user can mend (the message says how); 130 interrupted; 1 a fault of the program,
-with its traceback.
+Exit codes: 0 done; 2 a mistake that the user can mend (the message says how); 130 interrupted; 1 a fault of the program
+(with its traceback).
 """
 
 import importlib
