@@ -1,3 +1,80 @@
-"""Farspan: language models whose attention reaches far."""
+"""Farspan: language models whose attention reaches far.
+
+Five published mechanisms and softmax attention as interchangeable layers of one Hugging-Face-compatible model, exact on
+CPU, fast on NVIDIA GPUs. Rooms, from the bottom: `ops` (functions of tensors), `nn` (modules), `mixers` (mechanisms),
+`models` (the stack), `data`, `evaluation`, `training`, `cli`.
+
+Importing this package is light. The Auto classes of transformers know Farspan models from the moment they are imported.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from farspan._lazy import LazyValues, after_import, lazy_attributes
+
+if TYPE_CHECKING:
+    from farspan.mixers.base import Mixer, register_mixer
+    from farspan.models.configuration import FarspanConfig
+    from farspan.models.modeling import FarspanForCausalLM, FarspanModel
+    from farspan.nn.feed_forward import FeedForward, register_feed_forward
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "FarspanConfig",
+    "FarspanForCausalLM",
+    "FarspanModel",
+    "FeedForward",
+    "Mixer",
+    "register_feed_forward",
+    "register_mixer",
+]
+
+_load = lazy_attributes(
+    {
+        "FarspanConfig": "farspan.models.configuration",
+        "FarspanForCausalLM": "farspan.models.modeling",
+        "FarspanModel": "farspan.models.modeling",
+        "FeedForward": "farspan.nn.feed_forward",
+        "Mixer": "farspan.mixers.base",
+        "register_feed_forward": "farspan.nn.feed_forward",
+        "register_mixer": "farspan.mixers.base",
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    return _load(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
+def _register_config() -> None:
+    from transformers import AutoConfig
+
+    from farspan.models.configuration import FarspanConfig
+
+    AutoConfig.register("farspan", FarspanConfig, exist_ok=True)
+
+
+def _register_models() -> None:
+    # The classes are named, not imported: transformers may be in the middle of importing its own base classes here.
+    from transformers.models.auto import modeling_auto
+
+    from farspan.models.configuration import FarspanConfig
+
+    for mapping, home in (
+        (modeling_auto.MODEL_MAPPING, "farspan.models.modeling:FarspanModel"),
+        (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, "farspan.models.modeling:FarspanForCausalLM"),
+    ):
+        mapping._extra_content = LazyValues(mapping._extra_content)
+        mapping.register(FarspanConfig, home, exist_ok=True)
+
+
+after_import(
+    {
+        "transformers.models.auto.configuration_auto": _register_config,
+        "transformers.models.auto.modeling_auto": _register_models,
+    }
+)

@@ -1,0 +1,25 @@
+"""The model family. Importing this package registers it with the Auto classes of transformers."""
+
+from typing import TYPE_CHECKING, Any
+
+from farspan._lazy import lazy_attributes
+
+if TYPE_CHECKING:
+    from farspan.models.cache import FarspanCache
+    from farspan.models.configuration import FarspanConfig
+    from farspan.models.modeling import FarspanForCausalLM, FarspanModel
+
+__all__ = ["FarspanCache", "FarspanConfig", "FarspanForCausalLM", "FarspanModel"]
+
+_load = lazy_attributes(
+    {
+        "FarspanConfig": "farspan.models.configuration",
+        "FarspanCache": "farspan.models.cache",
+        "FarspanModel": "farspan.models.modeling",
+        "FarspanForCausalLM": "farspan.models.modeling",
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    return _load(__name__, name)

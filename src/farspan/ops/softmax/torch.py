@@ -40,9 +40,7 @@ def _attend(
         return _sdpa(q, k, v, scale, causal=causal and queries > 1)
     if key_mask is None and window is not None and causal and queries == keys:
         return _windowed(q, k, v, scale, window)
-    seen = visible(
-        queries, keys, causal=causal, window=window, key_mask=key_mask, cu_seqlens=None, device=q.device
-    )
+    seen = visible(queries, keys, causal=causal, window=window, key_mask=key_mask, cu_seqlens=None, device=q.device)
     # Fused kernels return NaN for a row without keys: let it see everything, then set it to 0.
     empty = ~seen.any(-1, keepdim=True)
     out = _sdpa(q, k, v, scale, mask=(seen | empty).unsqueeze(1))
@@ -71,9 +69,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Ten
     return out.reshape(batch, blocks * window, *out.shape[2:])[:, :length]
 
 
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False
-) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     out = scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

@@ -1,0 +1,113 @@
+"""The mixer contract and registry: all that the model knows of a sequence mixer."""
+
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from farspan.mixers.cache import LayerCache
+from farspan.mixers.layout import SequenceLayout
+from farspan.nn.registry import Registry
+
+CacheKind = Literal["kv", "window", "state", "state+kv"]
+
+
+class MixerShape(Protocol):
+    """What a mixer may read of the model's config; `FarspanConfig` satisfies it."""
+
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_parameters: dict[str, Any]
+    causal: bool
+
+
+class Mixer(nn.Module):
+    """Base class of everything that moves information between tokens.
+
+    A subclass is built as `Class(config, options, layer_idx)`: `config` offers the fields of `MixerShape`, `options` is
+    the dataclass that was registered with it. It declares what the class attributes below say and implements `forward`,
+    `new_cache`, `flops_per_token` and `state_bytes`.
+
+    Attributes:
+        bidirectional: whether `config.causal=False` is supported.
+        shards: how it runs when a sequence is cut over ranks: `"state"` (passes boundary states), `"keys"` (gathers
+            keys and values) or None (not at all).
+        no_weight_decay: names of the module's own parameters that the optimiser must not shrink; parameters with
+            fewer than two dimensions are never shrunk.
+    """
+
+    bidirectional: ClassVar[bool] = False
+    shards: ClassVar[Literal["state", "keys"] | None] = None
+    no_weight_decay: tuple[str, ...] = ()
+
+    @staticmethod
+    def cache_kind(options: Any) -> CacheKind:
+        """`"kv"` grows with the text, `"window"` evicts, `"state"` is constant, `"state+kv"` has both."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        layout: SequenceLayout,
+        cache: LayerCache | None = None,
+        sequence_parallel: Any = None,
+    ) -> Tensor:
+        """Mixes `[B, T, D]` over T.
+
+        Args:
+            x: `[B, T, D]` normalised hidden states.
+            layout: positions, padding and document boundaries of these tokens.
+            cache: memory of earlier tokens, updated in place; decoding is this call with T = 1.
+            sequence_parallel: the context of a sequence cut over ranks, or None.
+
+        Returns:
+            `[B, T, D]`; rows of padded tokens are unspecified but finite.
+        """
+        raise NotImplementedError
+
+    def new_cache(self) -> LayerCache:
+        """An empty cache of the kind that `forward` takes."""
+        raise NotImplementedError
+
+    def flops_per_token(self, length: int) -> float:
+        """Forward operations per token, 2 per multiply-add, averaged over a causal sequence of `length` tokens."""
+        raise NotImplementedError
+
+    def state_bytes(self, length: int, dtype: torch.dtype) -> int:
+        """Bytes of cache for one sequence after `length` tokens, for activations of `dtype`."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Initialises what the model's default (normal linears and embeddings) does not know."""
+
+
+MIXERS: Registry[Mixer] = Registry(
+    "mixer",
+    {
+        "metala": "farspan.mixers.metala:MetaLAMixer:MetaLAOptions",
+        "softmax": "farspan.mixers.softmax:SoftmaxMixer:SoftmaxOptions",
+    },
+)
+
+
+def register_mixer(name: str, mixer: type[Mixer], options: type) -> None:
+    """Makes `FarspanConfig(mixers=[name])` build `mixer`.
+
+    Args:
+        name: how configs call it; must be free.
+        mixer: a subclass of `Mixer`.
+        options: the dataclass of its options; `mixer_options={name: {...}}` sets its fields.
+
+    Raises:
+        ConfigError: if the name is taken or `options` is no dataclass.
+    """
+    MIXERS.register(name, mixer, options)
+
+
+def linear_flops(*layers: nn.Linear) -> float:
+    """Operations per token of linear layers: 2 per weight."""
+    return 2.0 * sum(layer.weight.numel() for layer in layers)

@@ -1,0 +1,145 @@
+"""What one layer keeps while text is generated. `farspan.models.cache` binds a list of these to transformers."""
+
+import torch
+from torch import Tensor
+
+from farspan.errors import ConfigError
+
+
+class LayerCache:
+    """Memory of one layer: a set of tensors whose first dimension is the batch.
+
+    Subclasses hold their tensors in `self.tensors`; reordering for beam search, repeating, moving and counting bytes
+    then need no further code.
+    """
+
+    # Whether tokens can be taken back. A recurrent state cannot, nor can a cache that has evicted keys.
+    croppable = False
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps the given batch rows, in the given order (beam search, batch selection)."""
+        self.tensors = {name: x.index_select(0, rows.to(x.device)) for name, x in self.tensors.items()}
+
+    def repeat_interleave(self, repeats: int) -> None:
+        """Repeats every batch row `repeats` times."""
+        self.tensors = {name: x.repeat_interleave(repeats, dim=0) for name, x in self.tensors.items()}
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.tensors = {}
+
+    def crop(self, tokens: int) -> None:
+        """Takes back the newest `tokens` tokens.
+
+        Raises:
+            ConfigError: for a cache that cannot roll back.
+        """
+        if tokens:
+            raise ConfigError(
+                f"{type(self).__name__} cannot take back {tokens} tokens: it keeps no history to return to. "
+                "Assisted decoding and prompt lookup need layers with a full key-value cache."
+            )
+
+    def nbytes(self) -> int:
+        """Bytes of memory held."""
+        return sum(x.untyped_storage().nbytes() for x in self.tensors.values())
+
+
+class StateCache(LayerCache):
+    """Constant-size memory: named states of recurrences and convolutions, e.g. `recurrent` and `convolution`."""
+
+    def get(self, name: str) -> Tensor | None:
+        """The state stored under `name`, or None before the first update."""
+        return self.tensors.get(name)
+
+    def update(self, **states: Tensor | None) -> None:
+        """Replaces the named states (detached: a cache is for inference)."""
+        self.tensors.update({name: x.detach() for name, x in states.items() if x is not None})
+
+
+class KeyValueCache(LayerCache):
+    """Keys and values of every token, or of the last `window − 1` real tokens of each row.
+
+    Memory is `[B, S, G, K]` in a buffer that grows by half when it is full, so that a step costs amortised O(1) copies.
+
+    Args:
+        window: number of keys a query sees, itself included; None keeps all keys.
+    """
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__()
+        self.window = window
+        self.length = 0
+        self.croppable = window is None
+
+    def append(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Adds `[B, T, G, K]` keys and `[B, T, G, V]` values of new tokens; returns all that the new queries may see.
+
+        Args:
+            keys, values: of the new tokens.
+            mask: `[B, T]` bool, True for real tokens, or None when all are real.
+
+        Returns:
+            Keys `[B, S, G, K]`, values `[B, S, G, V]` and key mask `[B, S]` (None when all are real), S ≥ T; the new
+            tokens are the last T.
+        """
+        new = keys.shape[1]
+        if mask is not None or "mask" in self.tensors:
+            self._ensure_mask(keys)
+        stored = {"keys": keys, "values": values}
+        if "mask" in self.tensors:
+            stored["mask"] = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device) if mask is None else mask
+        for name, x in stored.items():
+            self.tensors[name] = self._write(name, x.detach())
+        self.length += new
+        keys, values = self.tensors["keys"][:, : self.length], self.tensors["values"][:, : self.length]
+        key_mask = self.tensors["mask"][:, : self.length] if "mask" in self.tensors else None
+        if self.window is not None:
+            self._evict(self.window - 1)
+        return keys, values, key_mask
+
+    def crop(self, tokens: int) -> None:
+        if self.window is not None:
+            super().crop(tokens)
+        self.length = max(0, self.length - tokens)
+
+    def reset(self) -> None:
+        super().reset()
+        self.length = 0
+
+    def _ensure_mask(self, like: Tensor) -> None:
+        if "mask" not in self.tensors:
+            capacity = self.tensors["keys"].shape[1] if "keys" in self.tensors else 0
+            self.tensors["mask"] = torch.ones((like.shape[0], capacity), dtype=torch.bool, device=like.device)
+
+    def _write(self, name: str, x: Tensor) -> Tensor:
+        """The buffer `name` with `x` written behind the first `self.length` entries, grown if needed."""
+        buffer, end = self.tensors.get(name), self.length + x.shape[1]
+        if buffer is None:
+            return x.contiguous() if end == x.shape[1] else x
+        if buffer.shape[1] < end:
+            grown = buffer.new_empty((buffer.shape[0], end + end // 2, *buffer.shape[2:]))
+            grown[:, : self.length] = buffer[:, : self.length]
+            buffer = grown
+        buffer[:, self.length : end] = x
+        return buffer
+
+    def _evict(self, keep: int) -> None:
+        """Keeps the last `keep` real tokens of every row, in order; the mask marks rows that have fewer."""
+        if self.length <= keep:
+            return
+        live = {name: x[:, : self.length] for name, x in self.tensors.items()}
+        if "mask" in live:
+            # A stable sort brings padding to the front, so that a plain slice keeps the newest real tokens.
+            order = live["mask"].to(torch.int8).argsort(dim=1, stable=True)[:, self.length - keep :]
+            live = {
+                name: x.gather(1, order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:]))
+                for name, x in live.items()
+            }
+            self.tensors = live
+        else:
+            self.tensors = {name: x[:, self.length - keep :].clone() for name, x in live.items()}
+        self.length = keep

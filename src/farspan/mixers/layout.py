@@ -1,0 +1,67 @@
+"""Where the tokens of one forward pass stand: positions, padding and document boundaries, the same for every layer."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+@dataclass
+class SequenceLayout:
+    """Built once per forward by the model and handed to every layer.
+
+    Attributes:
+        positions: `[B, T]` int64, position of each token in its document.
+        padding_mask: `[B, T]` bool, True for real tokens; None when every token is real.
+        cu_seqlens: `[num_seqs + 1]` int32 document boundaries when documents are packed in one row (B = 1); else None.
+        context_length: number of positions that a length-dependent position scaling plans for.
+    """
+
+    positions: Tensor
+    padding_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    context_length: int = 0
+    _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, compute: Callable[[], Value]) -> Value:
+        """`compute()`, evaluated for the first layer that asks for `key` and reused by the others."""
+        if key not in self._memo:
+            self._memo[key] = compute()
+        return self._memo[key]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`[B, T, …]` with padding → `[1, N, …]` of the real tokens, row after row; unchanged without padding.
+
+        A mechanism that handles packed documents so handles padding at any place exactly: a padded token neither
+        decays a state, nor writes to it, nor enters a convolution.
+        """
+        if self.padding_mask is None:
+            return x
+        return x.flatten(0, 1).index_select(0, self._real()).unsqueeze(0)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The inverse of `pack`: `[1, N, …]` → `[B, T, …]` with zeros at padded tokens."""
+        if self.padding_mask is None:
+            return x
+        rows, length = self.padding_mask.shape
+        flat = x.new_zeros((rows * length, *x.shape[2:])).index_copy(0, self._real(), x.squeeze(0))
+        return flat.unflatten(0, (rows, length))
+
+    def sequences(self) -> Tensor | None:
+        """`cu_seqlens` of what `pack` returns: document boundaries, or one sequence per padded row, or None."""
+        if self.padding_mask is None:
+            return self.cu_seqlens
+        mask = self.padding_mask
+        return self.once(
+            "padded sequences",
+            lambda: torch.nn.functional.pad(mask.sum(-1).cumsum(0), (1, 0)).to(torch.int32),
+        )
+
+    def _real(self) -> Tensor:
+        mask = self.padding_mask
+        assert mask is not None
+        return self.once("real tokens", lambda: mask.flatten().nonzero().squeeze(-1))

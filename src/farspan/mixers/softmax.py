@@ -1,0 +1,130 @@
+"""Softmax attention with rotary positions: the baseline mixer."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from farspan.errors import ConfigError
+from farspan.mixers.base import CacheKind, Mixer, MixerShape, linear_flops
+from farspan.mixers.cache import KeyValueCache, LayerCache
+from farspan.mixers.layout import SequenceLayout
+from farspan.nn.positions import apply_rotary, rope_frequencies, rotary_table
+from farspan.ops.softmax.api import softmax_attention
+
+
+@dataclass
+class SoftmaxOptions:
+    """Options of the `softmax` mixer.
+
+    Attributes:
+        sliding_window: number of keys a query sees, itself included; None is all.
+        attention_bias: whether the four projections have biases.
+        rope: whether queries and keys are rotated by position; False leaves positions out.
+        partial_rotary_factor: share of a head's channels that is rotated.
+    """
+
+    sliding_window: int | None = None
+    attention_bias: bool = False
+    rope: bool = True
+    partial_rotary_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ConfigError(f"sliding_window={self.sliding_window} must be at least 1, or null for full attention.")
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise ConfigError(f"partial_rotary_factor={self.partial_rotary_factor} must lie in (0, 1].")
+
+
+class SoftmaxMixer(Mixer):
+    """o = softmax(R(q) R(k)ᵀ K^−½) v with grouped key-value heads and RoPE R, then an output projection.
+
+    Cost: O(T²) time, a cache of 2·G·K numbers per token (the last `sliding_window` tokens with a window).
+    """
+
+    bidirectional: ClassVar[bool] = True
+    shards: ClassVar[Literal["state", "keys"] | None] = "keys"
+
+    def __init__(self, config: MixerShape, options: SoftmaxOptions, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.options = options
+        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.causal = config.causal
+        self.rope_parameters = config.rope_parameters
+        self.max_position_embeddings = config.max_position_embeddings
+        self.rotary_dim = int(self.head_dim * options.partial_rotary_factor)
+        if options.rope and (self.rotary_dim % 2 or self.rotary_dim == 0):
+            raise ConfigError(
+                f"RoPE rotates pairs of channels, but {self.rotary_dim} of head_dim={self.head_dim} channels would be "
+                "rotated; choose an even number or set mixer_options.softmax.rope to false."
+            )
+        bias = options.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.key_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.key_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
+
+    @staticmethod
+    def cache_kind(options: Any) -> CacheKind:
+        return "kv" if options.sliding_window is None else "window"
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        layout: SequenceLayout,
+        cache: LayerCache | None = None,
+        sequence_parallel: Any = None,
+    ) -> Tensor:
+        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
+        if self.options.rope:
+            cos, sin = self._rotary(layout)
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        window = self.options.sliding_window
+        fresh = cache is None
+        if cache is not None:
+            assert isinstance(cache, KeyValueCache)
+            fresh = cache.length == 0
+            keys, values, key_mask = cache.append(k, v, layout.padding_mask)
+        if fresh:
+            # Without a past, padding and packing are one case: real tokens side by side, no T×T mask.
+            out = softmax_attention(
+                layout.pack(q),
+                layout.pack(k),
+                layout.pack(v),
+                causal=self.causal,
+                window=window,
+                cu_seqlens=layout.sequences(),
+            )
+            out = layout.unpack(out)
+        else:
+            out = softmax_attention(q, keys, values, causal=self.causal, window=window, key_mask=key_mask)
+        return self.o_proj(out.flatten(2))
+
+    def _rotary(self, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        def compute() -> tuple[Tensor, Tensor]:
+            frequencies, scaling = rope_frequencies(
+                self.rotary_dim, self.rope_parameters, self.max_position_embeddings, layout.context_length
+            )
+            return rotary_table(layout.positions, frequencies, scaling)
+
+        return layout.once(("rotary", self.rotary_dim), compute)
+
+    def new_cache(self) -> LayerCache:
+        return KeyValueCache(self.options.sliding_window)
+
+    def flops_per_token(self, length: int) -> float:
+        window = min(self.options.sliding_window or length, length)
+        # Row t sees min(t, window) keys: the mean over t = 1 … length.
+        seen = (window * (window + 1) / 2 + (length - window) * window) / length if self.causal else float(window)
+        scores_and_values = 4.0 * self.heads * self.head_dim * seen
+        return linear_flops(self.q_proj, self.k_proj, self.v_proj, self.o_proj) + scores_and_values
+
+    def state_bytes(self, length: int, dtype: torch.dtype) -> int:
+        kept = length if self.options.sliding_window is None else min(length, self.options.sliding_window - 1)
+        return 2 * kept * self.key_heads * self.head_dim * dtype.itemsize

@@ -1,0 +1,238 @@
+"""`FarspanConfig`: one configuration for every mix of mechanisms, checked when it is built."""
+
+import types
+import typing
+from typing import Any, ClassVar
+
+from transformers.configuration_utils import PreTrainedConfig
+
+from farspan.errors import ConfigError, nearest
+from farspan.mixers.base import MIXERS
+from farspan.nn.feed_forward import FEED_FORWARDS, activation
+from farspan.nn.norms import NORMS
+from farspan.nn.positions import check_rope_parameters
+
+# Words of transformers for the kinds of cache a mixer declares.
+_LAYER_TYPES = {
+    "kv": "full_attention",
+    "window": "sliding_attention",
+    "state": "linear_attention",
+    "state+kv": "hybrid",
+}
+# What transformers itself passes or stores beside the declared fields.
+_FOREIGN_KEYS = {
+    "_attn_implementation",
+    "_commit_hash",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+class FarspanConfig(PreTrainedConfig):
+    """Describes one stack: which mixer and which feed-forward each layer has, and their sizes.
+
+    `mixers` and `feed_forwards` are lists of registered names. A full list sets the depth; a shorter pattern is repeated
+    and must divide `num_hidden_layers`. Options of one mechanism go into `mixer_options[name]`, never into flat fields.
+
+    Args:
+        vocab_size: number of token ids.
+        hidden_size: model width D.
+        intermediate_size: inner width of the feed-forwards; None is 8/3·D rounded up to a multiple of 64.
+        num_hidden_layers: depth; None takes the length of `mixers`.
+        num_attention_heads: heads H of every mixer.
+        num_key_value_heads: key-value heads G of mixers that share them; None is H.
+        head_dim: channels per head of mixers that have one head size; None is D/H.
+        mixers: names per layer, or a pattern.
+        feed_forwards: names per layer, or a pattern.
+        mixer_options: mixer name → the fields of its options dataclass.
+        feed_forward_options: feed-forward name → the fields of its options dataclass.
+        max_position_embeddings: the trained length; scaled positions stretch relative to it. It limits nothing.
+        rope_parameters: `{"rope_type": "default" | "linear" | "dynamic" | "yarn", "rope_theta": 10000.0, …}`.
+        norm_type: `rms_norm`, `layer_norm` or `simple_rms_norm` (no parameters).
+        norm_eps: epsilon of the norms.
+        hidden_act: activation of the feed-forwards.
+        hidden_dropout: dropout on each branch before it is added to the residual stream.
+        causal: whether a token sees only its past. False needs mixers that can look both ways.
+        initializer_range: standard deviation of linear and embedding weights at initialisation.
+        tie_word_embeddings: whether the head is the embedding.
+        use_cache: whether forward returns a cache by default.
+
+    Raises:
+        ConfigError: for any value, name, key or combination that is not accepted, naming the field and what is.
+
+    Example:
+        >>> config = FarspanConfig(vocab_size=256, hidden_size=64, num_attention_heads=2, mixers=["metala", "softmax"])
+        >>> config.num_hidden_layers, config.layer_types
+        (2, ['linear_attention', 'full_attention'])
+    """
+
+    model_type = "farspan"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    base_model_tp_plan: ClassVar[None] = None
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    mixers: list[str] | None = None
+    feed_forwards: list[str] | None = None
+    mixer_options: dict[str, dict[str, Any]] | None = None
+    feed_forward_options: dict[str, dict[str, Any]] | None = None
+    max_position_embeddings: int = 2048
+    rope_parameters: dict[str, Any] | None = None
+    norm_type: str = "rms_norm"
+    norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    hidden_dropout: float = 0.0
+    causal: bool = True
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for key in kwargs:
+            if key not in _FOREIGN_KEYS:
+                raise ConfigError(f"Unknown config field {key!r}: {nearest(key, _own_fields())}")
+        self._check_values()
+        self._fill_defaults()
+        self._check_blocks()
+        super().__post_init__(**kwargs)
+
+    def _check_values(self) -> None:
+        hints = _own_fields()
+        for name, hint in hints.items():
+            value = getattr(self, name)
+            if not _is_a(value, hint):
+                raise ConfigError(f"{name}={value!r} is of the wrong type; accepted: {_words(hint)}.")
+        for name in ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"):
+            _positive(name, getattr(self, name))
+        for name in ("intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        if not 0 <= self.hidden_dropout < 1:
+            raise ConfigError(f"hidden_dropout={self.hidden_dropout} must lie in [0, 1).")
+        if self.norm_eps <= 0 or self.initializer_range < 0:
+            raise ConfigError(
+                f"norm_eps={self.norm_eps} must be positive and initializer_range={self.initializer_range} not negative."
+            )
+        if self.norm_type not in NORMS:
+            raise ConfigError(f"Unknown norm_type {self.norm_type!r}: {nearest(self.norm_type, NORMS)}")
+        activation(self.hidden_act)
+
+    def _fill_defaults(self) -> None:
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                divisors = [str(n) for n in range(1, min(self.hidden_size, 64) + 1) if self.hidden_size % n == 0]
+                raise ConfigError(
+                    f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
+                    f"{self.num_attention_heads}; choose num_attention_heads from {', '.join(divisors)}, or set head_dim."
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            divisors = [str(n) for n in range(1, self.num_attention_heads + 1) if self.num_attention_heads % n == 0]
+            raise ConfigError(
+                f"num_attention_heads={self.num_attention_heads} is not divisible by num_key_value_heads="
+                f"{self.num_key_value_heads}; choose num_key_value_heads from {', '.join(divisors)}."
+            )
+        if self.intermediate_size is None:
+            self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
+        self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, **(self.rope_parameters or {})}
+        check_rope_parameters(self.rope_parameters)
+        self.mixer_options = {name: dict(values) for name, values in (self.mixer_options or {}).items()}
+        self.feed_forward_options = {name: dict(values) for name, values in (self.feed_forward_options or {}).items()}
+        mixers = ["softmax"] if self.mixers is None else self.mixers
+        depth = self.num_hidden_layers or (len(mixers) if self.mixers is not None else 8)
+        self.mixers = _repeated("mixers", mixers, depth)
+        self.feed_forwards = _repeated("feed_forwards", self.feed_forwards or ["gated_mlp"], depth)
+        self.num_hidden_layers = depth
+
+    def _check_blocks(self) -> None:
+        for registry, field, names, options in (
+            (MIXERS, "mixer_options", self.mixers, self.mixer_options),
+            (FEED_FORWARDS, "feed_forward_options", self.feed_forwards, self.feed_forward_options),
+        ):
+            for name in dict.fromkeys(names):
+                registry.build_options(name, options.get(name))
+                if registry is MIXERS and not self.causal and not registry.get(name)[0].bidirectional:
+                    raise ConfigError(f"Mixer {name!r} is causal only; causal=false needs mixers that look both ways.")
+            for name in options:
+                if name not in names:
+                    raise ConfigError(f"{field} has options for {name!r}, which no layer uses: {nearest(name, names)}")
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Each layer's kind of cache in the words of transformers; read-only, not saved."""
+        kinds = {}
+        for name in dict.fromkeys(self.mixers or ()):
+            mixer, _ = MIXERS.get(name)
+            options = MIXERS.build_options(name, self.mixer_options.get(name))
+            kinds[name] = _LAYER_TYPES[mixer.cache_kind(options)]
+        return [kinds[name] for name in self.mixers or ()]
+
+
+def _own_fields() -> dict[str, Any]:
+    """The fields declared here and their annotations; those of the base class are checked by it."""
+    return {
+        name: hint for name, hint in FarspanConfig.__annotations__.items() if typing.get_origin(hint) is not ClassVar
+    }
+
+
+def _repeated(field: str, names: list[str], depth: int) -> list[str]:
+    if not names or depth % len(names):
+        raise ConfigError(
+            f"{field} names {len(names)} layers, which does not divide num_hidden_layers={depth}; give one name per "
+            "layer, or a pattern whose length divides the depth."
+        )
+    return list(names) * (depth // len(names))
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name}={value} must be at least 1.")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a JSON-like value fits a field's annotation."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(value, argument) for argument in arguments)
+    if origin is list:
+        return isinstance(value, list | tuple) and all(_is_a(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _is_a(k, arguments[0]) and _is_a(v, arguments[1]) for k, v in value.items()
+        )
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _words(hint: Any) -> str:
+    if hint is type(None):
+        return "null"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_words(argument) for argument in typing.get_args(hint))
+    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)

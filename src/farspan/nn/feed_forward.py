@@ -1,0 +1,149 @@
+"""Feed-forwards: what follows the mixer in every block. Contract: `forward(x) -> (y, aux)`."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from farspan.errors import ConfigError, nearest
+from farspan.nn.registry import Registry
+
+ACTIVATIONS = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+}
+
+
+@dataclass
+class AuxiliaryRecord:
+    """What a feed-forward reports beside its output; the model sums the losses over the layers.
+
+    Attributes:
+        loss: scalar to add to the training loss, or None.
+        statistics: named scalars for the log, e.g. router entropy.
+    """
+
+    loss: Tensor | None = None
+    statistics: dict[str, Tensor] | None = None
+
+
+class FeedForwardShape(Protocol):
+    """What a feed-forward may read of the model's config."""
+
+    hidden_size: int
+    intermediate_size: int
+    hidden_act: str
+
+
+class FeedForward(nn.Module):
+    """Base class: a map of each token by itself.
+
+    Subclasses are built as `Class(config, options)` and implement:
+
+    - `forward(x) -> (y, aux)`: `x`, `y` are `[..., D]`, `aux` is None or an `AuxiliaryRecord`;
+    - `flops_per_token() -> float`: forward, 2 per multiply-add;
+    - `reset_parameters()` for parameters that the model's default initialisation does not know
+      (it knows `nn.Linear` and `nn.Embedding`).
+
+    `no_weight_decay` names the module's own parameters that the optimiser must not shrink.
+    """
+
+    no_weight_decay: tuple[str, ...] = ()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, AuxiliaryRecord | None]:
+        raise NotImplementedError
+
+    def flops_per_token(self) -> float:
+        raise NotImplementedError
+
+
+@dataclass
+class MLPOptions:
+    """Options of `mlp` and `gated_mlp`.
+
+    Attributes:
+        intermediate_size: width inside; None takes the model's `intermediate_size`.
+        hidden_act: activation; None takes the model's `hidden_act`.
+        bias: whether the projections have biases.
+    """
+
+    intermediate_size: int | None = None
+    hidden_act: str | None = None
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.hidden_act is not None:
+            activation(self.hidden_act)
+        if self.intermediate_size is not None and self.intermediate_size < 1:
+            raise ConfigError(f"intermediate_size={self.intermediate_size} must be at least 1.")
+
+
+def activation(name: str) -> Any:
+    """The elementwise function named `name`.
+
+    Raises:
+        ConfigError: for an unknown name.
+    """
+    if name not in ACTIVATIONS:
+        raise ConfigError(f"Unknown hidden_act {name!r}: {nearest(str(name), ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class MLP(FeedForward):
+    """y = act(x W_up) W_down.
+
+    Cost: 4·D·F operations a token for inner width F.
+    """
+
+    def __init__(self, config: FeedForwardShape, options: MLPOptions) -> None:
+        super().__init__()
+        inner = options.intermediate_size or config.intermediate_size
+        self.activation = activation(options.hidden_act or config.hidden_act)
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=options.bias)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=options.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, AuxiliaryRecord | None]:
+        return self.down_proj(self.activation(self.up_proj(x))), None
+
+    def flops_per_token(self) -> float:
+        return 2.0 * (self.up_proj.weight.numel() + self.down_proj.weight.numel())
+
+
+class GatedMLP(FeedForward):
+    """y = (act(x W_gate) ∘ x W_up) W_down; with `silu` this is SwiGLU.
+
+    Cost: 6·D·F operations a token for inner width F.
+    Source: Shazeer 2020, arXiv 2002.05202.
+    """
+
+    def __init__(self, config: FeedForwardShape, options: MLPOptions) -> None:
+        super().__init__()
+        inner = options.intermediate_size or config.intermediate_size
+        self.activation = activation(options.hidden_act or config.hidden_act)
+        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=options.bias)
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=options.bias)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=options.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, AuxiliaryRecord | None]:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)), None
+
+    def flops_per_token(self) -> float:
+        return 2.0 * (self.gate_proj.weight.numel() + self.up_proj.weight.numel() + self.down_proj.weight.numel())
+
+
+FEED_FORWARDS: Registry[FeedForward] = Registry(
+    "feed-forward",
+    {
+        "mlp": "farspan.nn.feed_forward:MLP:MLPOptions",
+        "gated_mlp": "farspan.nn.feed_forward:GatedMLP:MLPOptions",
+    },
+)
+
+
+def register_feed_forward(name: str, block: type[FeedForward], options: type) -> None:
+    """Makes `FarspanConfig(feed_forwards=[name])` build `block`; see `FeedForward` for what it must offer."""
+    FEED_FORWARDS.register(name, block, options)
