@@ -2,6 +2,7 @@
 
 import types
 import typing
+from dataclasses import field
 from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -40,19 +41,20 @@ _FOREIGN_KEYS = {
 class FarspanConfig(PreTrainedConfig):
     """Describes one stack: which mixer and which feed-forward each layer has, and their sizes.
 
-    `mixers` and `feed_forwards` are lists of registered names. A full list sets the depth; a shorter pattern is repeated
-    and must divide `num_hidden_layers`. Options of one mechanism go into `mixer_options[name]`, never into flat fields.
+    `mixers` and `feed_forwards` are lists of registered names. A full list sets the depth; a shorter pattern is
+    repeated and must divide `num_hidden_layers`. Options of one mechanism go into `mixer_options[name]`, never into
+    flat fields.
 
     Args:
         vocab_size: number of token ids.
         hidden_size: model width D.
         intermediate_size: inner width of the feed-forwards; None is 8/3·D rounded up to a multiple of 64.
-        num_hidden_layers: depth; None takes the length of `mixers`.
+        num_hidden_layers: depth; None takes the length of `mixers` (8 if that is empty).
         num_attention_heads: heads H of every mixer.
         num_key_value_heads: key-value heads G of mixers that share them; None is H.
         head_dim: channels per head of mixers that have one head size; None is D/H.
-        mixers: names per layer, or a pattern.
-        feed_forwards: names per layer, or a pattern.
+        mixers: names per layer, or a pattern; empty is `softmax` everywhere.
+        feed_forwards: names per layer, or a pattern; empty is `gated_mlp` everywhere.
         mixer_options: mixer name → the fields of its options dataclass.
         feed_forward_options: feed-forward name → the fields of its options dataclass.
         max_position_embeddings: the trained length; scaled positions stretch relative to it. It limits nothing.
@@ -86,12 +88,12 @@ class FarspanConfig(PreTrainedConfig):
     num_attention_heads: int = 8
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    mixers: list[str] | None = None
-    feed_forwards: list[str] | None = None
-    mixer_options: dict[str, dict[str, Any]] | None = None
-    feed_forward_options: dict[str, dict[str, Any]] | None = None
+    mixers: list[str] = field(default_factory=list)
+    feed_forwards: list[str] = field(default_factory=list)
+    mixer_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    feed_forward_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     max_position_embeddings: int = 2048
-    rope_parameters: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] = field(default_factory=dict)
     norm_type: str = "rms_norm"
     norm_eps: float = 1e-6
     hidden_act: str = "silu"
@@ -128,7 +130,8 @@ class FarspanConfig(PreTrainedConfig):
             raise ConfigError(f"hidden_dropout={self.hidden_dropout} must lie in [0, 1).")
         if self.norm_eps <= 0 or self.initializer_range < 0:
             raise ConfigError(
-                f"norm_eps={self.norm_eps} must be positive and initializer_range={self.initializer_range} not negative."
+                f"norm_eps={self.norm_eps} must be positive and initializer_range={self.initializer_range} must not be "
+                "negative."
             )
         if self.norm_type not in NORMS:
             raise ConfigError(f"Unknown norm_type {self.norm_type!r}: {nearest(self.norm_type, NORMS)}")
@@ -140,7 +143,8 @@ class FarspanConfig(PreTrainedConfig):
                 divisors = [str(n) for n in range(1, min(self.hidden_size, 64) + 1) if self.hidden_size % n == 0]
                 raise ConfigError(
                     f"hidden_size={self.hidden_size} is not divisible by num_attention_heads="
-                    f"{self.num_attention_heads}; choose num_attention_heads from {', '.join(divisors)}, or set head_dim."
+                    f"{self.num_attention_heads}; choose num_attention_heads from {', '.join(divisors)}, or set "
+                    "head_dim."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
@@ -153,38 +157,39 @@ class FarspanConfig(PreTrainedConfig):
             )
         if self.intermediate_size is None:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
-        self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, **(self.rope_parameters or {})}
+        self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, **self.rope_parameters}
         check_rope_parameters(self.rope_parameters)
-        self.mixer_options = {name: dict(values) for name, values in (self.mixer_options or {}).items()}
-        self.feed_forward_options = {name: dict(values) for name, values in (self.feed_forward_options or {}).items()}
-        mixers = ["softmax"] if self.mixers is None else self.mixers
-        depth = self.num_hidden_layers or (len(mixers) if self.mixers is not None else 8)
-        self.mixers = _repeated("mixers", mixers, depth)
+        self.mixer_options = {name: dict(values) for name, values in self.mixer_options.items()}
+        self.feed_forward_options = {name: dict(values) for name, values in self.feed_forward_options.items()}
+        depth = self.num_hidden_layers or len(self.mixers) or 8
+        self.mixers = _repeated("mixers", self.mixers or ["softmax"], depth)
         self.feed_forwards = _repeated("feed_forwards", self.feed_forwards or ["gated_mlp"], depth)
         self.num_hidden_layers = depth
 
     def _check_blocks(self) -> None:
-        for registry, field, names, options in (
-            (MIXERS, "mixer_options", self.mixers, self.mixer_options),
-            (FEED_FORWARDS, "feed_forward_options", self.feed_forwards, self.feed_forward_options),
+        for name in dict.fromkeys(self.mixers):
+            MIXERS.build_options(name, self.mixer_options.get(name))
+            if not self.causal and not MIXERS.get(name)[0].bidirectional:
+                raise ConfigError(f"Mixer {name!r} is causal only; causal=false needs mixers that look both ways.")
+        for name in dict.fromkeys(self.feed_forwards):
+            FEED_FORWARDS.build_options(name, self.feed_forward_options.get(name))
+        for which, options, names in (
+            ("mixer_options", self.mixer_options, self.mixers),
+            ("feed_forward_options", self.feed_forward_options, self.feed_forwards),
         ):
-            for name in dict.fromkeys(names):
-                registry.build_options(name, options.get(name))
-                if registry is MIXERS and not self.causal and not registry.get(name)[0].bidirectional:
-                    raise ConfigError(f"Mixer {name!r} is causal only; causal=false needs mixers that look both ways.")
             for name in options:
                 if name not in names:
-                    raise ConfigError(f"{field} has options for {name!r}, which no layer uses: {nearest(name, names)}")
+                    raise ConfigError(f"{which} has options for {name!r}, which no layer uses: {nearest(name, names)}")
 
     @property
     def layer_types(self) -> list[str]:
         """Each layer's kind of cache in the words of transformers; read-only, not saved."""
         kinds = {}
-        for name in dict.fromkeys(self.mixers or ()):
+        for name in dict.fromkeys(self.mixers):
             mixer, _ = MIXERS.get(name)
             options = MIXERS.build_options(name, self.mixer_options.get(name))
             kinds[name] = _LAYER_TYPES[mixer.cache_kind(options)]
-        return [kinds[name] for name in self.mixers or ()]
+        return [kinds[name] for name in self.mixers]
 
 
 def _own_fields() -> dict[str, Any]:

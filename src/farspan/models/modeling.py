@@ -70,8 +70,8 @@ class FarspanPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
 
 
 @dataclass
@@ -94,7 +94,7 @@ class FarspanModel(FarspanPreTrainedModel):
     def __init__(self, config: FarspanConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(FarspanBlock(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(FarspanBlock(config, i) for i in range(len(config.mixers)))
         self.norm = make_norm(config.norm_type, config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -107,7 +107,12 @@ class FarspanModel(FarspanPreTrainedModel):
 
     def new_cache(self, context_length: int | None = None) -> FarspanCache:
         """An empty cache; `context_length` fixes the length that scaled positions plan for."""
-        return FarspanCache((layer.mixer.new_cache() for layer in self.layers), context_length)
+        return FarspanCache((block.mixer.new_cache() for block in self.blocks), context_length)
+
+    @property
+    def blocks(self) -> list[FarspanBlock]:
+        """The layers, typed."""
+        return [layer for layer in self.layers if isinstance(layer, FarspanBlock)]
 
     def forward(
         self,
@@ -129,8 +134,8 @@ class FarspanModel(FarspanPreTrainedModel):
             raise ShapeError("Give exactly one of input_ids [B, T] and inputs_embeds [B, T, D].")
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ConfigError(
-                "output_attentions=True: Farspan returns no attention weights. State-based mixers have none and softmax "
-                "uses fused kernels that do not form them; call farspan.ops.softmax.reference for small inputs."
+                "output_attentions=True: Farspan returns no attention weights. State-based mixers have none, and "
+                "softmax runs in fused kernels that do not form them; leave output_attentions out."
             )
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -253,15 +258,15 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: `[B, T]` int64.
-            attention_mask: `[B, T]`, 1 for real tokens, or `[B, past + T]` as transformers passes it while decoding (the
-                cache remembers the past's). Padding may stand anywhere and changes nothing.
-            position_ids: `[B, T]`; None counts the real tokens of each row, continuing behind the cache. In a single row
-                without mask or cache, restarts mark packed documents.
+            attention_mask: `[B, T]`, 1 for real tokens, or `[B, past + T]` as transformers passes it while decoding
+                (the cache remembers the past's). Padding may stand anywhere and changes nothing.
+            position_ids: `[B, T]`; None counts the real tokens of each row, continuing behind the cache. In a single
+                row without mask or cache, restarts mark packed documents.
             past_key_values: a cache from `new_cache()` or an earlier call; updated in place.
             inputs_embeds: `[B, T, D]` instead of `input_ids`.
             labels: `[B, T]`, shifted inside as in transformers: position t is scored against `labels[t + 1]`.
-            shift_labels: `[B, T]`, already aligned: position t is scored against `shift_labels[t]`; instead of `labels`,
-                and the one to use with packed documents. −100 is ignored in both.
+            shift_labels: `[B, T]`, already aligned: position t is scored against `shift_labels[t]`; instead of
+                `labels`, and the one to use with packed documents. −100 is ignored in both.
             cu_seqlens: `[num_seqs + 1]` int32 boundaries of documents packed in one row.
             context_length: the length that scaled positions plan for; None takes the cache's, or this call's length.
             use_cache: whether to return a cache (never in training mode unless one is passed).
@@ -295,6 +300,7 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None or shift_labels is not None:
             if shift_labels is None:
+                assert labels is not None
                 shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
             loss = chunked_cross_entropy(
                 hidden, self.lm_head.weight, shift_labels.to(hidden.device), num_items=num_items_in_batch
@@ -321,7 +327,7 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
         activation checkpointing.
         """
         layers = sum(
-            layer.mixer.flops_per_token(length) + layer.feed_forward.flops_per_token() for layer in self.model.layers
+            block.mixer.flops_per_token(length) + block.feed_forward.flops_per_token() for block in self.model.blocks
         )
         return layers + 2.0 * self.config.hidden_size * self.config.vocab_size
 
@@ -331,8 +337,8 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
         """Called by `generate`: supplies our cache and one context length for the whole generation."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ConfigError(
-                f"cache_implementation={generation_config.cache_implementation!r} is not for Farspan models, whose layers "
-                "bring their own caches; leave it out."
+                f"cache_implementation={generation_config.cache_implementation!r} is not for Farspan models, whose "
+                "layers bring their own caches; leave it out."
             )
         cache = model_kwargs.get("past_key_values")
         if cache is None:

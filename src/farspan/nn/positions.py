@@ -62,10 +62,10 @@ def rope_frequencies(
 
     - `default`: ω_j.
     - `linear` (position interpolation): ω_j / factor, at every length.
-    - `dynamic` (NTK): with L = `context_length` and M the trained length, θ' = θ · (factor·L/M − (factor − 1))^(r/(r−2))
-      for L > M, unchanged for L ≤ M.
-    - `yarn`: blends ω_j (fast pairs) and ω_j / factor (slow pairs) by a ramp between the pairs that turn `beta_fast` and
-      `beta_slow` times over M positions; cos and sin are multiplied by 0.1·ln(factor) + 1 (or `attention_factor`).
+    - `dynamic` (NTK): with L = `context_length` and M the trained length, for L > M the base becomes
+      θ · (factor·L/M − (factor − 1))^(r/(r−2)); unchanged for L ≤ M.
+    - `yarn`: blends ω_j (fast pairs) and ω_j / factor (slow pairs) by a ramp between the pairs that turn `beta_fast`
+      and `beta_slow` times over M positions; cos and sin are multiplied by 0.1·ln(factor) + 1 (or `attention_factor`).
 
     Args:
         rotary_dim: r, even; the number of rotated channels of a head.
