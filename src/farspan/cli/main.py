@@ -14,6 +14,7 @@ from rich.table import Table
 import farspan
 from farspan.cli import _output
 from farspan.errors import FarspanError, nearest
+from farspan.evaluation.memory import is_out_of_memory
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("farspan.cli.train:run", "train a model from a recipe, or go on with a run"),
@@ -80,12 +81,6 @@ def run_data(argv: list[str]) -> int:
         return _output.fail(f"unknown command 'data {argv[0]}': {nearest(argv[0], DATA_COMMANDS)}")
     result = tyro.extras.subcommand_cli_from_dict(dict(DATA_COMMANDS), prog="farspan data", args=argv)
     return result if isinstance(result, int) else 0
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that the memory of the host or of a device does not suffice."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def _split_debug(arguments: list[str]) -> tuple[list[str], bool]:

@@ -1,0 +1,12 @@
+"""Fixtures of the tests of evaluation."""
+
+import pytest
+from tiny_evaluation import tiny_model
+
+from farspan.models import FarspanForCausalLM
+
+
+@pytest.fixture(params=["softmax", "metala"])
+def model(request: pytest.FixtureRequest) -> FarspanForCausalLM:
+    """A one-layer model of each mixer."""
+    return tiny_model(request.param)
