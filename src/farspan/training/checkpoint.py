@@ -10,6 +10,7 @@ comes last, is there. Killing the process at any moment leaves at most a `.parti
 swept away by the next run. Checkpoints hold pickled metadata: read your own, and share the model directory instead.
 """
 
+import contextlib
 import errno
 import json
 import random
@@ -142,6 +143,11 @@ class Checkpointer:
         for old in complete_checkpoints(self.directory)[: -self.keep]:
             doomed = old.rename(old.with_name(old.name + ".partial"))  # so that half a deletion is never read either
             shutil.rmtree(doomed)
+
+    def close(self) -> None:
+        """Lets a pending save finish, without complaint: for the way out of an error that matters more."""
+        with contextlib.suppress(CheckpointError):
+            self.wait()
 
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Progress, dict[str, Any]]:
         """Reads a checkpoint into the model and the optimiser.

@@ -147,19 +147,19 @@ def _summary(row: dict[str, Any]) -> str:
     """Loss and speed of one step, for people."""
     parts = [
         f"loss {row['loss']:.4f}",
-        f"{quantity(row['tokens_per_second'])}tok/s",
-        f"{quantity(row['flops_per_second'])}FLOP/s",
+        quantity(row["tokens_per_second"], "tok/s"),
+        quantity(row["flops_per_second"], "FLOP/s"),
     ]
     return "  ".join([*parts, f"MFU {row['mfu']:.1%}"] if "mfu" in row else parts)
 
 
-def quantity(value: float) -> str:
-    """A number with three digits and a unit prefix, ready for its unit: 12345 is "12.3 k"."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if abs(value) < 999.5:
-            return f"{value:.3g} {prefix}"
+def quantity(value: float, unit: str = "") -> str:
+    """A number with three digits and a decimal prefix: 12345 is "12.3k", with a unit "12.3 ktok/s"."""
+    prefixes = ["", "k", "M", "G", "T", "P"]
+    while abs(value) >= 999.5 and len(prefixes) > 1:
         value /= 1000
-    return f"{value:.3g} P"
+        prefixes.pop(0)
+    return f"{value:.3g}{' ' if unit else ''}{prefixes[0]}{unit}"
 
 
 def duration(seconds: float) -> str:

@@ -81,8 +81,12 @@ class ModelRecipe:
     """Whether the output layer shares the weights of the embedding."""
     norm_type: str | None = None
     """Kind of the normalisation layers."""
+    norm_eps: float | None = None
+    """Added to the variance inside the normalisation layers."""
     hidden_act: str | None = None
     """Activation of the feed-forward layers."""
+    hidden_dropout: float | None = None
+    """Dropout on each branch before it joins the residual stream."""
     initializer_range: float | None = None
     """Standard deviation of the initial weights."""
 
@@ -96,15 +100,24 @@ class ModelRecipe:
 class DataRecipe:
     """What to read, and how it is cut into sequences. The corpus is tokenised once and memory-mapped from then on."""
 
-    corpus: str = "python-stdlib"
-    """A corpus by name, or the path of a folder, a glob, a text file or a .jsonl file."""
+    corpus: str | None = "python-stdlib"
+    """A corpus by name, or the path of a folder, a glob, a text file or a .jsonl file. None (null in YAML): train on
+    what `farspan data prepare` left in data.directory."""
     tokenizer: str | None = None
     """"byte", "bpe:4096" (trained on the corpus; any size), or a directory with a Hugging Face tokenizer. Unset:
     the tokenizer of model.from_pretrained if that is given, otherwise "byte"."""
     directory: str | None = None
     """Where the tokenised corpus is kept; share it between runs that compare. Unset: data/ in the run directory."""
+    text_field: str | None = None
+    """Field of a .jsonl line that holds the text. Unset: "text", or else "content"."""
+    valid_fraction: float = 0.05
+    """Share of the documents that training never sees and evaluation reads."""
+    test_fraction: float = 0.05
+    """Share of the documents that neither of them touches."""
     sequence_length: int = 512
-    """Tokens per sequence. Documents are packed into it back to back, and never see each other."""
+    """Tokens per sequence. Documents are packed into it back to back."""
+    separate_documents: bool = True
+    """Whether every document starts from a clean memory and position 0; otherwise sequences run across documents."""
 
 
 @dataclass(kw_only=True)
@@ -157,8 +170,8 @@ class EvaluationRecipe:
     """Evaluate every this many steps; 0 evaluates only at the end."""
     max_windows: int | None = 64
     """Windows per evaluation while training. The one at the end always reads the whole split."""
-    batch_size: int = 8
-    """Windows in one forward pass."""
+    batch_tokens: int = 8192
+    """Tokens in one forward pass."""
 
 
 @dataclass(kw_only=True)
@@ -213,7 +226,7 @@ class Recipe:
         if (train.max_steps is None) == (train.max_tokens is None):
             raise ConfigError(
                 f"train.max_steps={train.max_steps} and train.max_tokens={train.max_tokens}: "
-                "give exactly one of them; it is the length of the run."
+                "give exactly one of them (the other is None); it is the length of the run."
             )
         at_least = {
             "train.max_steps": (train.max_steps, 1),
@@ -228,7 +241,7 @@ class Recipe:
             "data.sequence_length": (data.sequence_length, 2),
             "evaluation.eval_steps": (self.evaluation.eval_steps, 0),
             "evaluation.max_windows": (self.evaluation.max_windows, 1),
-            "evaluation.batch_size": (self.evaluation.batch_size, 1),
+            "evaluation.batch_tokens": (self.evaluation.batch_tokens, 1),
             "checkpoint.save_steps": (self.checkpoint.save_steps, 0),
             "checkpoint.save_total_limit": (self.checkpoint.save_total_limit, 1),
             "logging.logging_steps": (self.logging.logging_steps, 1),
@@ -250,6 +263,8 @@ class Recipe:
                 f"train.decay_steps={train.decay_steps} has no meaning for lr_scheduler_type="
                 f"{train.lr_scheduler_type!r}; it belongs to 'wsd'."
             )
+        if data.corpus is None and data.directory is None:
+            raise ConfigError("data.corpus=None: name a corpus, or the prepared dataset in data.directory.")
         if self.model.preset and self.model.from_pretrained:
             raise ConfigError(
                 f"model.preset={self.model.preset!r} and model.from_pretrained={self.model.from_pretrained!r}: "

@@ -1,0 +1,148 @@
+"""Data, model and precision from a recipe."""
+
+import random
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from farspan.data.dataset import PreparedDataset, open_dataset
+from farspan.data.prepare import prepare
+from farspan.data.tokenizers import load_tokenizer, tokenizer_hash
+from farspan.errors import CheckpointError, ConfigError
+from farspan.training.recipe import ModelRecipe, Recipe
+from farspan.training.run import Run
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds the global generators of Python, numpy and torch (CPU and GPU)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def choose_precision(name: Literal["auto", "bf16", "fp32"], device: torch.device) -> torch.dtype:
+    """The dtype of matrix products: what was named, or for "auto" bfloat16 where the hardware multiplies it natively.
+
+    Raises:
+        ConfigError: "bf16" on a GPU that does not have it.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    if name == "bf16" and device.type == "cuda" and not native:
+        raise ConfigError(f"train.precision='bf16': {torch.cuda.get_device_name(device)} has no bfloat16; use fp32.")
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
+
+
+def data_directory(recipe: Recipe) -> Path:
+    """Where the tokenised corpus of a recipe is kept."""
+    return Path(recipe.data.directory) if recipe.data.directory else recipe.run_dir / "data"
+
+
+def open_data(recipe: Recipe, run: Run, fingerprint: str | None) -> PreparedDataset:
+    """The tokenised corpus of a recipe; prepared first if it is not there yet.
+
+    A run that resumes opens what it was trained on and does not look at the corpus again.
+
+    Args:
+        recipe: A validated recipe.
+        run: The opened run.
+        fingerprint: Fingerprint of the corpus that this run began with, if it resumes.
+
+    Raises:
+        DataError: The corpus or the dataset is missing or damaged.
+        ConfigError: The tokenizer of the dataset is not that of `model.from_pretrained`.
+        CheckpointError: The directory now holds another corpus than the run began with.
+    """
+    data, directory, pretrained = recipe.data, data_directory(recipe), recipe.model.from_pretrained
+    if run.checkpoint or data.corpus is None:
+        dataset = open_dataset(directory)
+    else:
+        dataset = prepare(
+            data.corpus,
+            data.tokenizer or pretrained or "byte",
+            directory,
+            valid=data.valid_fraction,
+            test=data.test_fraction,
+            text_field=data.text_field,
+        )
+    if pretrained and tokenizer_hash(load_tokenizer(pretrained)) != dataset.metadata.tokenizer_hash:
+        raise ConfigError(
+            f"{str(dataset.directory)!r} was tokenised by another tokenizer ({dataset.metadata.tokenizer!r}) than the "
+            f"one in model.from_pretrained={pretrained!r}; leave data.tokenizer unset and give another data.directory."
+        )
+    if run.checkpoint and fingerprint and fingerprint != dataset.metadata.fingerprint:
+        raise CheckpointError(
+            f"{str(directory)!r} holds another corpus (fingerprint {dataset.metadata.fingerprint[:12]}) than this run "
+            f"began with ({fingerprint[:12]}); bring the old one back or start a new run with another output_dir."
+        )
+    return dataset
+
+
+def build_model(recipe: ModelRecipe, tokenizer: Any, sequence_length: int) -> Any:
+    """The model of a recipe, in float32, on the CPU.
+
+    Args:
+        recipe: What to build.
+        tokenizer: Gives the vocabulary size and the special tokens of a new model.
+        sequence_length: The trained length, default of `max_position_embeddings`.
+
+    Returns:
+        A `FarspanForCausalLM` in training mode.
+
+    Raises:
+        ConfigError: A value the configuration does not accept, or one that contradicts the model to continue from.
+        CheckpointError: `from_pretrained` holds no readable model.
+    """
+    from farspan.models import FarspanConfig, FarspanForCausalLM
+
+    if recipe.from_pretrained:
+        return _load_model(recipe.from_pretrained, recipe, tokenizer)
+    values: dict[str, Any] = {"max_position_embeddings": sequence_length}
+    if recipe.preset:
+        values |= _preset(recipe.preset)
+    values |= recipe.config_values()
+    values |= {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        return FarspanForCausalLM(FarspanConfig(**values)).train()
+    except ConfigError as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def _preset(name: str) -> dict[str, Any]:
+    """Configuration values of a preset."""
+    from farspan.models import presets
+
+    return presets.get(name).to_dict()
+
+
+def _load_model(directory: str, recipe: ModelRecipe, tokenizer: Any) -> Any:
+    """An existing model, whose own configuration wins; fields of the recipe may only repeat it."""
+    from farspan.models import FarspanConfig, FarspanForCausalLM
+
+    if not (Path(directory) / "config.json").is_file():
+        raise CheckpointError(f"model.from_pretrained={directory!r} is not a model directory: it has no config.json.")
+    config = FarspanConfig.from_pretrained(directory, local_files_only=True)
+    found = config.to_dict()
+    wanted = FarspanConfig(**{**found, **recipe.config_values()}).to_dict()
+    differing = [f"{name} ({wanted[name]!r}, there {found.get(name)!r})" for name in wanted if wanted[name] != found.get(name)]
+    if differing:
+        raise ConfigError(
+            f"model.from_pretrained={directory!r} is another model than the recipe describes: {', '.join(differing)}. "
+            "Leave these fields of model unset; the model's own configuration is used."
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(f"{directory!r}: its tokenizer has {len(tokenizer)} tokens, its model {config.vocab_size}.")
+    try:
+        model = FarspanForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"model.from_pretrained={directory!r} cannot be read: {error}") from error
+    return model.train()
