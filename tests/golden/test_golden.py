@@ -1,0 +1,65 @@
+"""Parity with the published implementations, for every case of the index.
+
+`FARSPAN_GOLDEN=DIR pytest tests/golden` runs on any folder of the same form. A kind that nobody has heard of fails; a
+kind that is still to be built stands in `PENDING` by name and is skipped, so that the list shrinks to nothing.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.golden import metala_cases
+from tests.golden.case import Case
+
+RUNNERS: dict[str, Callable[[Case], None]] = {
+    "gated_linear_attention.op": metala_cases.gated_linear_attention_op,
+    "metala.hf.mixer": metala_cases.hf_mixer,
+    "metala.hf.decode": metala_cases.hf_decode,
+    "metala.neox.layer": metala_cases.neox_layer,
+}
+
+PENDING = frozenset(
+    """
+    cdmoe.gate.module cdmoe.gate_token_mixing.module cdmoe.query_key.module cheems.lm
+    coca.llama.attention coca.llama.decode coca.llama.lm coca.neox.attention coca.neox.decode coca.neox.lm coca.scores
+    cottention.bert.attention cottention.bert.pretraining cottention.bert.sequence_classification
+    cottention.gpt.attention cottention.gpt.decode cottention.gpt.lm cottention.op
+    dilated.attention dilated.op
+    dmattn.fsa.attention dmattn.fsa.kernel dmattn.hf.attention dmattn.sd1.attention dmattn.seed_doge.attention
+    dmattn.seed_module.attention
+    doge.hf.lm doge.sd1.lm doge.seed.lm gated_mlp.module
+    longnet.decoder.lm longnet.encoder longnet.kyegomez.regression longnet.xpos_and_relative_bias longvit.classifier
+    metala.hf.lm mlp.module peer.module seimoe.module ssd.cheems.layer ssd.seed.module task.sample
+    """.split()
+)
+
+
+def _index() -> tuple[Path, dict[str, dict[str, Any]]]:
+    default = Path(__file__).resolve().parents[3] / "shared" / "golden"
+    directory = Path(os.environ.get("FARSPAN_GOLDEN", default))
+    path = directory / "index.json"
+    return directory, json.loads(path.read_text()) if path.is_file() else {}
+
+
+DIRECTORY, INDEX = _index()
+
+
+@pytest.mark.skipif(not INDEX, reason=f"no golden data in {DIRECTORY}; set FARSPAN_GOLDEN")
+@pytest.mark.parametrize("name", sorted(INDEX) or [""])
+def test_golden(name: str) -> None:
+    entry = INDEX[name]
+    kind = entry["kind"]
+    if kind in PENDING:
+        pytest.skip(f"pending: {kind}")
+    assert kind in RUNNERS, f"unknown kind {kind!r}; known: {sorted(RUNNERS)}, pending: {sorted(PENDING)}"
+    if not entry["required"]:
+        pytest.skip(f"not required: {name} documents a defect of the reference")
+    RUNNERS[kind](Case.load(DIRECTORY, name, entry))
+
+
+def test_no_kind_is_both_built_and_pending() -> None:
+    assert not PENDING & RUNNERS.keys()
