@@ -192,7 +192,7 @@ class Corpus:
 def open_corpus(spec: str | Path, *, text_field: str | None = None, fractions: Fractions | None = None) -> Corpus:
     """Finds a corpus by built-in name, or by the path of a folder, a glob, a text file or a ``.jsonl`` file.
 
-    Of a folder, every file below it is taken except hidden ones and ``__pycache__``.
+    Of a folder, every file below it is taken except hidden ones, ``__pycache__`` and prepared datasets.
 
     Args:
         spec: a name of `CORPORA`, or a path; a glob may contain ``**``.
@@ -234,13 +234,16 @@ def _find_files(spec: str) -> tuple[Path, list[Path]]:
 
 
 def _walk(root: Path, skip: frozenset[str] = frozenset()) -> list[Path]:
-    """The files below `root`, without hidden ones, ``__pycache__`` and folders named in `skip`."""
+    """The files below `root`, without hidden ones, caches, prepared datasets and folders named in `skip`."""
 
     def refuse(error: OSError) -> None:
         raise DataError(f"cannot read folder {error.filename}: {error.strerror}.") from None
 
     found: list[Path] = []
     for folder, folders, names in os.walk(root, onerror=refuse):
+        if {"dataset.json", "train.idx"} <= set(names):
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".") and name not in skip | {"__pycache__"}]
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     return [path for path in found if path.is_file()]

@@ -25,7 +25,7 @@ from farspan.data import _files
 from farspan.data.corpora import SPLITS, Corpus, Document, Fractions, name_hash, open_corpus
 from farspan.data.dataset import METADATA, TOKENIZER, Metadata, PreparedDataset, SplitCounts, bytes_path, open_dataset
 from farspan.data.indexed import IndexedDataset, IndexedWriter, idx_path, token_dtype
-from farspan.data.tokenizers import document_encoder, end_of_document_id, is_bpe, load_tokenizer, tokenizer_hash
+from farspan.data.tokenizers import bpe_size, document_encoder, end_of_document_id, load_tokenizer, tokenizer_hash
 from farspan.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -89,7 +89,6 @@ def prepare(
     with _locked(staging):
         _restore(destination)
         if (done := _finished(destination, request, overwrite)) is not None:
-            shutil.rmtree(staging, ignore_errors=True)
             return done
         with _files.writing(staging), _progress_bar(progress) as bar:
             _discard_other_work(staging, {**asdict(request), "shard_bytes": shard_bytes})
@@ -113,16 +112,23 @@ class _Request:
 
     @classmethod
     def of(cls, corpus: Corpus, tokenizer: str) -> "_Request":
-        known = None if is_bpe(tokenizer) else tokenizer_hash(load_tokenizer(tokenizer))
+        known = None if bpe_size(tokenizer) is not None else tokenizer_hash(load_tokenizer(tokenizer))
         valid, test = corpus.fractions.valid, corpus.fractions.test
         return cls(corpus.fingerprint, tokenizer, known, valid, test, corpus.text_field)
 
     def differences(self, made_from: Metadata) -> list[str]:
         """The inputs in which a finished dataset differs, as text."""
-        tokenizer = "tokenizer" if self.tokenizer_hash is None else "tokenizer_hash"
-        names = ("fingerprint", "valid_fraction", "test_fraction", "text_field", tokenizer)
-        pairs = ((name, getattr(made_from, name), getattr(self, name)) for name in names)
-        return [f"{name} {found} instead of {wanted}" for name, found, wanted in pairs if found != wanted]
+        names = ("fingerprint", "valid_fraction", "test_fraction", "text_field")
+        pairs = [(name, getattr(made_from, name), getattr(self, name)) for name in names]
+        texts = [f"{name} {found!s:.12} instead of {wanted!s:.12}" for name, found, wanted in pairs if found != wanted]
+        same = (
+            self.tokenizer_hash == made_from.tokenizer_hash
+            if self.tokenizer_hash
+            else self.tokenizer == made_from.tokenizer
+        )
+        if not same:
+            texts.append(f"tokenizer {made_from.tokenizer} instead of {self.tokenizer}, or of other content")
+        return texts
 
 
 def _finished(destination: Path, request: _Request, overwrite: bool) -> PreparedDataset | None:
@@ -147,6 +153,11 @@ def _finished(destination: Path, request: _Request, overwrite: bool) -> Prepared
 
 def _build(staging: Path, corpus: Corpus, request: _Request, workers: int, shard_bytes: int, bar: Progress) -> None:
     """Makes `staging` a whole dataset, starting from what is already in it."""
+    if not any(document.text for document in corpus.documents("train")):
+        raise DataError(
+            f"corpus {corpus.name!r} has no text in its train split; it needs more documents or smaller fractions for "
+            "valid and test."
+        )
     tokenizer = _tokenizer(staging / TOKENIZER, corpus, request.tokenizer)
     task = bar.add_task("tokenising", total=corpus.scan.bytes)
     splits = {}
@@ -154,11 +165,6 @@ def _build(staging: Path, corpus: Corpus, request: _Request, workers: int, shard
         encode = _BatchEncoder(pool, tokenizer, lambda count: bar.advance(task, count))
         for split in SPLITS:
             splits[split] = _build_split(staging / split, corpus, encode, shard_bytes)
-    if not splits["train"].documents:
-        raise DataError(
-            f"corpus {corpus.name!r} has no text in its train split; it needs more documents or smaller fractions for "
-            "valid and test."
-        )
     Metadata(
         corpus=corpus.name,
         fingerprint=request.fingerprint,
@@ -311,13 +317,14 @@ def _locked(staging: Path) -> Iterator[None]:
         staging.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(staging, os.O_RDONLY)
     try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"another process is preparing this dataset now (it holds {staging}); wait for it."
-            ) from None
-        yield
+            yield
+        finally:
+            if not any(staging.glob("*.idx")):
+                shutil.rmtree(staging, ignore_errors=True)  # nothing in it that a later run could use
+    except BlockingIOError:
+        raise DataError(f"another process is preparing this dataset now (it holds {staging}); wait for it.") from None
     finally:
         os.close(descriptor)
 

@@ -50,10 +50,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise ConfigError(
-            f"vocab_size={vocab_size} is too small for a byte-level BPE; use {SMALLEST_VOCABULARY} or more."
-        )
+    _check_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -81,10 +78,10 @@ def load_tokenizer(spec: str | Path, texts: Iterable[str] | None = None) -> "Pre
     spec = str(spec)
     if spec == "byte":
         return byte_tokenizer()
-    if is_bpe(spec):
+    if (size := bpe_size(spec)) is not None:
         if texts is None:
             raise ConfigError(f"tokenizer {spec!r} has to be trained: give texts, or the directory of a trained one.")
-        return train_bpe(texts, int(spec.removeprefix("bpe:")))
+        return train_bpe(texts, size)
     if not Path(spec).is_dir():
         raise ConfigError(
             f"tokenizer {spec!r} is not known: use 'byte', 'bpe:N' (for example 'bpe:4096') or the path of a directory "
@@ -93,9 +90,17 @@ def load_tokenizer(spec: str | Path, texts: Iterable[str] | None = None) -> "Pre
     return _load_directory(Path(spec))
 
 
-def is_bpe(spec: str) -> bool:
-    """Whether `spec` asks for a BPE that has to be trained (``bpe:N``)."""
-    return re.fullmatch(r"bpe:\d+", spec) is not None
+def bpe_size(spec: str) -> int | None:
+    """N if `spec` asks for a BPE that has to be trained (``bpe:N``), None if not.
+
+    Raises:
+        ConfigError: when N is too small.
+    """
+    if not re.fullmatch(r"bpe:\d+", spec):
+        return None
+    size = int(spec.removeprefix("bpe:"))
+    _check_size(size)
+    return size
 
 
 def end_of_document_id(tokenizer: "PreTrainedTokenizerBase") -> int:
@@ -130,6 +135,11 @@ def document_encoder(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str], np
     own.encode_special_tokens = True
     # The form for batches is the one that runs outside Python's lock.
     return lambda text: np.asarray(own.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype=np.int32)
+
+
+def _check_size(size: int) -> None:
+    if size < SMALLEST_VOCABULARY:
+        raise ConfigError(f"a byte-level BPE of {size} tokens is not possible; use {SMALLEST_VOCABULARY} or more.")
 
 
 def _byte_level(tokenizer: "Tokenizer", split_words: bool) -> "PreTrainedTokenizerFast":
