@@ -96,7 +96,7 @@ def compressor_baselines(train: Sequence[bytes], text: Sequence[bytes]) -> list[
 
 
 def split_bytes(dataset: "PreparedDataset", split: str, limit: int = MAX_BYTES) -> list[bytes]:
-    """The texts of a split as UTF-8, decoded from its tokens; of more than `limit` bytes an even sample of documents."""
+    """The texts of a split as UTF-8, decoded from its tokens; an even sample of them beyond `limit` bytes."""
     tokenizer = dataset.load_tokenizer()
     part = dataset.split(split)
     total = int(part.bytes.sum())
