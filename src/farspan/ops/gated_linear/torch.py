@@ -11,7 +11,6 @@ and M = B · H independent streams. `G` is the inclusive cumulative sum of the l
 """
 
 import itertools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,11 +22,13 @@ from farspan.ops import varlen
 from farspan.ops._contract import compute_dtype
 from farspan.ops.gated_linear.reference import recurrent_update
 
-CHUNK = 64
+CHUNK = 32
 # Largest exponent of the centred factorisation: exp(60) times a key still fits float32, exp(500) float64.
 HALF_RANGE = {torch.float32: 60.0, torch.float64: 500.0}
 # exp of this is 0 in every dtype; keeps sums finite when a decay is exactly 0 (log decay -inf).
 LOG_ZERO = -1e4
+# Numbers of q and v that are worked on at once: on a CPU what the caches hold, on a GPU what keeps it busy.
+SEGMENT = {False: 1 << 18, True: 1 << 27}
 
 
 def gated_linear_attention_recurrent(
@@ -73,63 +74,36 @@ def gated_linear_attention_chunked(
         state = state + initial_state
     if v.numel() == 0 or q.numel() == 0:
         return torch.zeros_like(v), state
+    if log_decay is not None and log_decay.dim() == 3:
+        log_decay = log_decay.unsqueeze(-1)
     chunk = min(CHUNK, 1 << (length - 1).bit_length())
-    layout = _Layout(cu_seqlens, batch, length, heads, chunk)
-    decay = None
-    if log_decay is not None:
-        log_decay = log_decay.to(dtype).clamp(min=LOG_ZERO)
-        decay = layout.chunks(log_decay if log_decay.dim() == 4 else log_decay.unsqueeze(-1))
-    queries = layout.chunks(q.to(dtype) * scale)
-    keys, values = layout.chunks(k.to(dtype)), layout.chunks(v.to(dtype))
-    out, final = _Chunked.apply(queries, keys, values, decay, layout.states(state), layout.spans)
-    return layout.tokens(out).to(v.dtype), final.reshape(state.shape)
+    if cu_seqlens is None:
+        rows, places = -(-length // chunk) * chunk, None
+        spans = [(0, rows // chunk)]
+        state = state.flatten(0, 1).unsqueeze(0)
+    else:
+        rows, places = varlen.aligned_length(cu_seqlens, chunk), varlen.aligned_positions(cu_seqlens, chunk)
+        edges = [0, *itertools.accumulate(-(-(end - start) // chunk) for start, end in varlen.spans(cu_seqlens))]
+        spans = list(itertools.pairwise(edges))
+    padded = [None if x is None else _pad(x, rows, places) for x in (q, k, v, log_decay)]
+    out, final = _Chunked.apply(*padded, state, spans, chunk, scale)
+    out = out[:, :length] if places is None else out.index_select(1, places)
+    return out, final.reshape(sequences, heads, width, v.shape[-1])
 
 
-class _Layout:
-    """Moves tensors between `[B, T, H, D]` and chunks `[N, M, C, D]`, padding sequences to whole chunks with zeros.
-
-    Zeros are harmless: a padded row has decay 1, writes nothing and is not read.
-
-    Attributes:
-        spans: for each stretch of the chunk axis that shares a state, its first chunk and the one after its last.
-            Batch rows run side by side in M, so that a batch is one span; packed documents follow each other.
-    """
-
-    def __init__(self, cu_seqlens: Tensor | None, batch: int, length: int, heads: int, chunk: int) -> None:
-        self.batch, self.length, self.heads, self.chunk = batch, length, heads, chunk
-        self.places: Tensor | None = None
-        if cu_seqlens is None:
-            self.rows = -(-length // chunk) * chunk
-            self.spans = [(0, self.rows // chunk)]
-        else:
-            self.rows = varlen.aligned_length(cu_seqlens, chunk)
-            self.places = varlen.aligned_positions(cu_seqlens, chunk)
-            ends = [0]
-            for start, end in varlen.spans(cu_seqlens):
-                ends.append(ends[-1] - (start - end) // chunk)
-            self.spans = list(itertools.pairwise(ends))
-
-    def chunks(self, x: Tensor) -> Tensor:
-        """`[B, T, H, D]` to `[N, B·H, C, D]`."""
-        if self.places is not None:
-            x = x.new_zeros(1, self.rows, *x.shape[2:]).index_copy(1, self.places, x)
-        elif self.rows != self.length:
-            x = F.pad(x, (0, 0, 0, 0, 0, self.rows - self.length))
-        x = x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
-        return x.flatten(1, 2).contiguous()
-
-    def tokens(self, x: Tensor) -> Tensor:
-        """`[N, B·H, C, D]` to `[B, T, H, D]`."""
-        x = x.unflatten(1, (self.batch, self.heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
-        return x[:, : self.length] if self.places is None else x.index_select(1, self.places)
-
-    def states(self, state: Tensor) -> Tensor:
-        """`[B, H, K, V]`, or one state per document, to `[spans, M, K, V]`."""
-        return state.flatten(0, 1).unsqueeze(0) if self.places is None else state
+def _pad(x: Tensor, rows: int, places: Tensor | None) -> Tensor:
+    """Pads every sequence to whole chunks with zeros: such a row has decay 1, writes nothing and is not read."""
+    if places is not None:
+        return x.new_zeros(1, rows, *x.shape[2:]).index_copy(1, places, x)
+    return x if rows == x.shape[1] else F.pad(x, (0, 0, 0, 0, 0, rows - x.shape[1]))
 
 
 class _Chunked(torch.autograd.Function):
-    """The chunked recurrence and its gradient, on `[N, M, C, ·]` tensors of one dtype with the scale already in q."""
+    """The chunked recurrence and its gradient, on `[B, N·C, H, ·]` tensors of any floating dtypes.
+
+    Both directions walk segments of chunks that fit the cache, so that the time per token does not grow with T. Only a
+    segment is ever laid out as `[G, C, ·]` in the dtype of the accumulation.
+    """
 
     @staticmethod
     def forward(
@@ -140,40 +114,155 @@ class _Chunked(torch.autograd.Function):
         log_decay: Tensor | None,
         initial: Tensor,
         spans: list[tuple[int, int]],
+        chunk: int,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
-        decays = _Decays(log_decay, q)
-        written = _times(k, decays.to_end).mT @ v
-        entering, ending, final = _scan(written, decays.whole, initial, spans)
-        out = _times(q, decays.from_start) @ entering
-        for block in decays.blocks():
-            block.rows(out).add_(block.scores(q, k) @ block.columns(v))
-        ctx.save_for_backward(q, k, v, log_decay, entering, ending)
-        ctx.spans = spans
+        walk = _Walk(q, k, v, log_decay, initial.dtype, spans, chunk, scale)
+        out, final = torch.empty_like(v, memory_format=torch.contiguous_format), initial.clone()
+        entering = initial.new_empty(walk.chunks, *initial.shape[1:])
+        state = initial[:0]
+        for part in walk.parts:
+            queries, keys, values, decays = walk.load(part)
+            written = torch.bmm(_times(keys, decays.to_end).mT, values)
+            order = range(part.start, part.stop)
+            state = walk.scan(order, written, decays.whole, entering[part], state, initial, final)
+            result = torch.bmm(_times(queries, decays.from_start), entering[part].flatten(0, 1))
+            for block in decays.blocks:
+                block.rows(result).baddbmm_(block.scores(queries, keys), block.columns(values))
+            walk.store(result, out, part)
+        ctx.save_for_backward(q, k, v, log_decay, entering)
+        ctx.call = spans, chunk, scale
         return out, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, entering, ending = ctx.saved_tensors
-        d_out, d_final = gradients[0].contiguous(), gradients[1]
-        decays = _Decays(log_decay, q)
-        read = _times(q, decays.from_start).mT @ d_out
-        d_ending, d_initial = _scan_back(read, decays.whole, d_final, ctx.spans)
-        dq = _times(d_out @ entering.mT, decays.from_start)
-        dk = _times(v @ d_ending.mT, decays.to_end)
-        dv = _times(k, decays.to_end) @ d_ending
-        for block in decays.blocks():
-            block.columns(dv).add_(block.scores(q, k).mT @ block.rows(d_out))
-            d_scores = block.select(block.rows(d_out) @ block.columns(v).mT)
-            block.rows(dq).add_(_times(d_scores @ block.keys(k), block.query_factor))
-            block.columns(dk).add_(_times(d_scores.mT @ block.queries(q), block.key_factor))
-        d_decay = None
-        if log_decay is not None:
-            local, at_end = q * dq - k * dk, (ending * d_ending).sum(-1).unsqueeze(-2)
-            if log_decay.shape[-1] == 1:
-                local, at_end = local.sum(-1, keepdim=True), at_end.sum(-1, keepdim=True)
-            d_decay = local.flip(-2).cumsum(-2).flip(-2) + at_end
-        return dq, dk, dv, d_decay, d_initial, None
+        q, k, v, log_decay, entering = ctx.saved_tensors
+        d_out, d_final = gradients
+        walk = _Walk(q, k, v, log_decay, entering.dtype, *ctx.call)
+        dq, dk, dv, d_initial = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_final.clone()
+        d_decay = None if log_decay is None else torch.empty_like(log_decay)
+        d_state = d_final[:0]
+        for part in reversed(walk.parts):
+            queries, keys, values, decays = walk.load(part)
+            given, starting = walk.view(d_out, part), entering[part].flatten(0, 1)
+            read = torch.bmm(_times(queries, decays.from_start).mT, given)
+            d_ending = torch.empty_like(entering[part])
+            order = range(part.stop - 1, part.start - 1, -1)
+            d_state = walk.scan(order, read, decays.whole, d_ending, d_state, d_final, d_initial)
+            d_ending = d_ending.flatten(0, 1)
+            d_queries = _times(torch.bmm(given, starting.mT), decays.from_start)
+            d_keys = _times(torch.bmm(values, d_ending.mT), decays.to_end)
+            d_values = torch.bmm(_times(keys, decays.to_end), d_ending)
+            if decays.whole is not None:  # rowsum(S_end * dS_end): what the chunk wrote, and what it kept
+                kept = decays.whole.mT * (starting * d_ending).sum(-1).unsqueeze(-2)
+                at_end = (keys * d_keys).sum(-2, keepdim=True) + kept
+            for block in decays.blocks:
+                block.columns(d_values).baddbmm_(block.scores(queries, keys).mT, block.rows(given))
+                d_scores = block.select(torch.bmm(block.rows(given), block.columns(values).mT))
+                block.rows(d_queries).add_(_times(torch.bmm(d_scores, block.keys(keys)), block.query_factor))
+                block.columns(d_keys).add_(_times(torch.bmm(d_scores.mT, block.queries(queries)), block.key_factor))
+            if d_decay is not None:
+                local = queries * d_queries - keys * d_keys
+                if d_decay.shape[-1] == 1:
+                    local, at_end = local.sum(-1, keepdim=True), at_end.sum(-1, keepdim=True)
+                walk.store(local.flip(-2).cumsum(-2).flip(-2) + at_end, d_decay, part)
+            walk.store(d_queries.mul_(walk.scale), dq, part)
+            walk.store(d_keys, dk, part)
+            walk.store(d_values, dv, part)
+        return dq, dk, dv, d_decay, d_initial, None, None, None
+
+
+class _Walk:
+    """The segments of one call, and how they are cut out of `[B, N·C, H, D]` tensors and put back.
+
+    Attributes:
+        chunks: N.
+        parts: stretches of the chunk axis that are worked on at once.
+        opening: chunks that begin a span, with the span's index. Batch rows run side by side in M, so that a batch is
+            one span; packed documents follow each other. A span without chunks has neither opening nor closing.
+        closing: chunks that end a span, with the span's index.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        dtype: torch.dtype,
+        spans: list[tuple[int, int]],
+        chunk: int,
+        scale: float,
+    ) -> None:
+        self.q, self.k, self.v, self.log_decay = q, k, v, log_decay
+        self.dtype, self.chunk, self.scale = dtype, chunk, scale
+        self.chunks = q.shape[1] // chunk
+        filled = [(index, start, end) for index, (start, end) in enumerate(spans) if end > start]
+        self.opening = {start: index for index, start, _ in filled}
+        self.closing = {end - 1: index for index, _, end in filled}
+        size = max(1, SEGMENT[q.is_cuda] * self.chunks // (q.numel() + v.numel()))
+        self.parts = [slice(start, min(start + size, self.chunks)) for start in range(0, self.chunks, size)]
+
+    def load(self, part: slice) -> tuple[Tensor, Tensor, Tensor, "_Decays"]:
+        """Scaled queries, keys, values and decays of a segment."""
+        queries, keys, values = (self.view(x, part) for x in (self.q, self.k, self.v))
+        log_decay = None if self.log_decay is None else self.view(self.log_decay, part)
+        return queries * self.scale, keys, values, _Decays(log_decay, queries)
+
+    def view(self, x: Tensor, part: slice) -> Tensor:
+        """A segment as `[G, C, D]` in the dtype of the accumulation."""
+        return self._chunked(x)[part].to(self.dtype).flatten(0, 2).contiguous()
+
+    def store(self, x: Tensor, into: Tensor, part: slice) -> None:
+        """Puts a segment `[G, C, D]` back into `[B, N·C, H, D]`."""
+        target = self._chunked(into)[part]
+        target.copy_(x.view(target.shape))
+
+    def scan(
+        self,
+        order: range,
+        added: Tensor,
+        whole: Tensor | None,
+        before: Tensor,
+        state: Tensor,
+        given: Tensor,
+        final: Tensor,
+    ) -> Tensor:
+        """Runs the states of a segment over its chunks, or their gradients back.
+
+        Args:
+            order: the chunks of the segment, rising or falling.
+            added: what each chunk adds, `[G, K, V]`.
+            whole: what each chunk keeps, `[G, K or 1, 1]`, or None for all.
+            before: receives the state in front of each chunk, `[n, M, K, V]`.
+            state: the state that the segment before left, `[M, K, V]`.
+            given: the state where a span begins, `[spans, M, K, V]`.
+            final: receives the state where a span ends, `[spans, M, K, V]`.
+
+        Returns:
+            The state after the last chunk of the order.
+        """
+        begins, ends = (self.opening, self.closing) if order.step > 0 else (self.closing, self.opening)
+        sources, targets = added.view(before.shape).unbind(0), before.unbind(0)
+        factors = None if whole is None else whole.unflatten(0, before.shape[:2]).unbind(0)
+        places = [index - min(order[0], order[-1]) for index in order]
+        if order[0] not in begins:
+            targets[places[0]].copy_(state)
+        for index, here, following in zip(order, places, [*places[1:], None], strict=True):
+            if index in begins:
+                state = targets[here].copy_(given[begins[index]])
+            out = None if following is None else targets[following]
+            if factors is None:
+                state = torch.add(sources[here], state, out=out)
+            else:
+                state = torch.addcmul(sources[here], factors[here], state, out=out)
+            if index in ends:
+                final[ends[index]] = state
+        return state
+
+    def _chunked(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
 
 
 class _Block(NamedTuple):
@@ -194,12 +283,12 @@ class _Block(NamedTuple):
     weight: Tensor | None = None
 
     def rows(self, x: Tensor) -> Tensor:
-        """The part of `[N, M, C, D]` that asks, as a view `[N, M, C / size, size, D]` (half as many for halves)."""
-        return x.unflatten(-2, (-1, 2, self.size))[..., 1, :, :] if self.halves else x.unflatten(-2, (-1, self.size))
+        """The part of `[G, C, D]` that asks, as a view `[G · C / size, size, D]` (half as many for halves)."""
+        return self._half(x, 1) if self.halves else x.view(-1, self.size, x.shape[-1])
 
     def columns(self, x: Tensor) -> Tensor:
-        """The part of `[N, M, C, D]` that is asked, as a view of the same shape as `rows`."""
-        return x.unflatten(-2, (-1, 2, self.size))[..., 0, :, :] if self.halves else x.unflatten(-2, (-1, self.size))
+        """The part of `[G, C, D]` that is asked, as a view of the same shape as `rows`."""
+        return self._half(x, 0) if self.halves else x.view(-1, self.size, x.shape[-1])
 
     def queries(self, q: Tensor) -> Tensor:
         return _times(self.rows(q), self.query_factor)
@@ -208,106 +297,75 @@ class _Block(NamedTuple):
         return _times(self.columns(k), self.key_factor)
 
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return self.select(self.queries(q) @ self.keys(k).mT)
+        return self.select(torch.bmm(self.queries(q), self.keys(k).mT))
 
     def select(self, scores: Tensor) -> Tensor:
         """Keeps what the past may answer; entries above the diagonal can be infinite, so they are never multiplied."""
         return _times(scores if self.halves else scores.tril_(), self.weight)
 
+    def _half(self, x: Tensor, which: int) -> Tensor:
+        return x.view(-1, 2, self.size, x.shape[-1])[:, which]
+
 
 class _Decays:
-    """Everything the recurrence needs of the log decay `[N, M, C, K]` or `[N, M, C, 1]`; None everywhere without decay.
+    """Everything the recurrence needs of the log decay `[G, C, K]` or `[G, C, 1]`; None everywhere without decay.
 
     Attributes:
         from_start: `exp(G_t)`, what a state entering the chunk has lost when row t reads it.
         to_end: `exp(G_C - G_t)`, what row t's contribution has lost at the end of the chunk.
-        whole: `exp(G_C)` as `[N, M, K, 1]`.
+        whole: `exp(G_C)` as `[G, K, 1]`.
+        blocks: the blocks that together cover the causal triangle of a chunk.
     """
 
     def __init__(self, log_decay: Tensor | None, q: Tensor) -> None:
-        self.chunk, self.dtype = q.shape[-2], q.dtype
-        self.from_start = self.to_end = self.whole = self.total = None
+        size, self.dtype = q.shape[-2], q.dtype
+        self.from_start: Tensor | None = None
+        self.to_end: Tensor | None = None
+        self.whole: Tensor | None = None
+        self.blocks = [_Block(size)]
         if log_decay is None:
             return
-        self.total = log_decay.cumsum(-2)
-        self.limit = HALF_RANGE[q.dtype]
-        if self._half_range(self.chunk) > self.limit:
-            # Differences of large sums: float64 keeps them exact.
-            self.total = log_decay.cumsum(-2, dtype=torch.float64)
-        last = self.total[..., -1:, :]
-        self.from_start, self.to_end = self._exp(self.total), self._exp(last - self.total)
+        log_decay = log_decay.clamp(min=LOG_ZERO)
+        total = log_decay.cumsum(-2)
+        limit = HALF_RANGE[self.dtype]
+        moderate = _half_range(total, size) <= limit
+        if not moderate:  # differences of large sums: float64 keeps them exact
+            total = log_decay.cumsum(-2, dtype=torch.float64)
+        last = total[:, -1:]
         self.whole = self._exp(last).mT
+        if moderate and total.shape[-1] > 1:
+            centre, up, down = self._centred(total, size)
+            self.from_start, self.to_end = up * self._exp(centre), down * self._exp(last - centre)
+            self.blocks = [_Block(size, False, up, down)]
+            return
+        self.from_start, self.to_end = self._exp(total), self._exp(last - total)
+        if total.shape[-1] == 1:
+            self.blocks = [_Block(size, weight=self._exp((total - total.mT).tril_()))]
+            return
+        self.blocks = []
+        while _half_range(total, size) > limit:
+            size //= 2
+            first, second = total.unflatten(1, (-1, 2, size)).flatten(0, 1).unbind(1)
+            between = first[:, -1:]
+            self.blocks.append(_Block(size, True, self._exp(second - between), self._exp(between - first)))
+        _, up, down = self._centred(total, size)
+        self.blocks.append(_Block(size, False, up, down))
 
-    def blocks(self) -> Iterator[_Block]:
-        """The blocks that together cover the causal triangle of a chunk."""
-        if self.total is None:
-            yield _Block(self.chunk)
-        elif self.total.shape[-1] == 1:
-            yield _Block(self.chunk, weight=self._exp((self.total - self.total.mT).tril_()).unsqueeze(-3))
-        else:
-            size = self.chunk
-            while self._half_range(size) > self.limit:
-                size //= 2
-                first, second = self.total.unflatten(-2, (-1, 2, size)).unbind(-3)
-                between = first[..., -1:, :]
-                yield _Block(size, True, self._exp(second - between), self._exp(between - first))
-            rows = self.total.unflatten(-2, (-1, size))
-            offset = rows - (rows[..., :1, :] + rows[..., -1:, :]) / 2
-            yield _Block(size, False, self._exp(offset), self._exp(-offset))
-
-    def _half_range(self, size: int) -> float:
-        """Half of the largest fall of G inside a block of the given size."""
-        assert self.total is not None
-        fall = self.total[..., ::size, :] - self.total[..., size - 1 :: size, :]
-        return float(fall.amax()) / 2
+    def _centred(self, total: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The centre r of every block's range, `exp(G - r)` and `exp(r - G)`."""
+        rows = total.view(-1, size, total.shape[-1])
+        centre = (rows[:, :1] + rows[:, -1:]) / 2
+        up = self._exp(rows - centre)
+        return centre, up, up.reciprocal()
 
     def _exp(self, exponent: Tensor) -> Tensor:
         return exponent.to(self.dtype).exp()
 
 
+def _half_range(total: Tensor, size: int) -> float:
+    """Half of the largest fall of G inside a block of the given size."""
+    return float((total[:, ::size] - total[:, size - 1 :: size]).amax()) / 2
+
+
 def _times(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
-
-
-def _scan(
-    written: Tensor, whole: Tensor | None, initial: Tensor, spans: list[tuple[int, int]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the states over the chunks.
-
-    Args:
-        written: what each chunk adds, `[N, M, K, V]`.
-        whole: what each chunk keeps, `[N, M, K or 1, 1]`, or None for all.
-        initial: state before each span, `[spans, M, K, V]`.
-        spans: first chunk and end of each span.
-
-    Returns:
-        The states entering and ending each chunk, `[N, M, K, V]` each, and the state after each span.
-    """
-    entering, ending, final = torch.empty_like(written), torch.empty_like(written), torch.empty_like(initial)
-    for span, (start, end) in enumerate(spans):
-        state = initial[span]
-        for index in range(start, end):
-            entering[index] = state
-            state = _step(state, written[index], whole, index, ending[index])
-        final[span] = state
-    return entering, ending, final
-
-
-def _scan_back(
-    read: Tensor, whole: Tensor | None, d_final: Tensor, spans: list[tuple[int, int]]
-) -> tuple[Tensor, Tensor]:
-    """Runs the gradients of the states back over the chunks: those of the ending states, and of the initial ones."""
-    d_ending, d_initial = torch.empty_like(read), torch.empty_like(d_final)
-    for span, (start, end) in enumerate(spans):
-        gradient = d_final[span]
-        for index in reversed(range(start, end)):
-            d_ending[index] = gradient
-            gradient = _step(gradient, read[index], whole, index, torch.empty_like(gradient))
-        d_initial[span] = gradient
-    return d_ending, d_initial
-
-
-def _step(state: Tensor, added: Tensor, whole: Tensor | None, index: int, out: Tensor) -> Tensor:
-    if whole is None:
-        return torch.add(state, added, out=out)
-    return torch.addcmul(added, whole[index], state, out=out)
