@@ -177,9 +177,9 @@ class FarspanModel(FarspanPreTrainedModel):
         context_length: int | None,
     ) -> SequenceLayout:
         rows, length = x.shape[:2]
-        seen = 0 if cache is None else cache.tokens_seen
         if cache is not None and not isinstance(cache, FarspanCache):
             raise ConfigError(f"past_key_values is a {type(cache).__name__}; Farspan needs model.new_cache().")
+        seen = 0 if cache is None else cache.tokens_seen
         if cache is not None and cache.batch_size not in (-1, rows):
             raise ShapeError(f"past_key_values holds {cache.batch_size} rows, the input has {rows}.")
         mask = _padding_mask(attention_mask, rows, length, seen)

@@ -27,7 +27,7 @@ def softmax_attention_sdpa(
         for a, b in varlen.spans(cu_seqlens)
         if b > a
     ]
-    return torch.cat(pieces, dim=1) if pieces else torch.zeros_like(q[..., :1]).expand(*q.shape[:3], v.shape[-1])
+    return torch.cat(pieces, dim=1) if pieces else _sdpa(q, k, v, scale)
 
 
 def _attend(

@@ -1,0 +1,40 @@
+"""Tiny models of every mix that the tests here run on."""
+
+import pytest
+import torch
+
+from farspan import FarspanConfig, FarspanForCausalLM
+
+MIXES = {
+    "metala": {"mixers": ["metala"]},
+    "softmax": {"mixers": ["softmax"]},
+    "hybrid": {"mixers": ["metala", "metala", "softmax"]},
+    "window": {"mixers": ["softmax"], "mixer_options": {"softmax": {"sliding_window": 4}}},
+}
+
+
+def tiny(mix: str, **overrides: object) -> FarspanForCausalLM:
+    """A model of `mix` in evaluation mode with every zero-initialised parameter perturbed."""
+    torch.manual_seed(0)
+    fields = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 3,
+        "initializer_range": 0.3,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    model = FarspanForCausalLM(FarspanConfig(**{**fields, **MIXES[mix], **overrides})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.5)
+    return model
+
+
+@pytest.fixture(params=sorted(MIXES))
+def mix(request: pytest.FixtureRequest) -> str:
+    return request.param

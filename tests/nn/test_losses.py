@@ -1,0 +1,43 @@
+"""The chunked cross entropy is the plain one, with gradients, and never holds all logits."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from farspan.errors import ShapeError
+from farspan.nn import losses
+from farspan.nn.losses import chunked_cross_entropy, token_nll
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("chunk_elements", [1, 40, 1 << 22])
+def test_equals_plain_cross_entropy(bias: bool, chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", chunk_elements)
+    hidden = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    offset = torch.randn(11, dtype=torch.float64, requires_grad=True) if bias else None
+    leaves = [x for x in (hidden, weight, offset) if x is not None]
+    labels = torch.randint(0, 11, (2, 7))
+    labels[0, :3] = -100
+    plain = cross_entropy(torch.nn.functional.linear(hidden, weight, offset).reshape(-1, 11), labels.reshape(-1))
+    ours = chunked_cross_entropy(hidden, weight, labels, offset)
+    torch.testing.assert_close(ours, plain)
+    for a, b in zip(torch.autograd.grad(3 * ours, leaves), torch.autograd.grad(3 * plain, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+    nll = token_nll(hidden, weight, labels, offset)
+    assert (nll[labels == -100] == 0).all()
+    torch.testing.assert_close(nll.sum().double() / (labels != -100).sum(), plain.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_num_items_replaces_the_count() -> None:
+    hidden, weight, labels = torch.randn(6, 4), torch.randn(9, 4), torch.randint(0, 9, (6,))
+    mean = chunked_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(chunked_cross_entropy(hidden, weight, labels, num_items=24), mean * 6 / 24)
+    assert chunked_cross_entropy(hidden, weight, torch.full((6,), -100)) == 0
+
+
+def test_shapes_are_checked() -> None:
+    with pytest.raises(ShapeError, match=r"labels"):
+        chunked_cross_entropy(torch.randn(6, 4), torch.randn(9, 4), torch.zeros(5, dtype=torch.long))
+    with pytest.raises(ShapeError, match=r"weight \[V, D\]"):
+        token_nll(torch.randn(6, 4), torch.randn(9, 3), torch.zeros(6, dtype=torch.long))
