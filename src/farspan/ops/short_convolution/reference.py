@@ -40,7 +40,7 @@ def short_convolution_reference(
     for index, document in enumerate(documents):
         past = x.new_zeros(taps, x.shape[-1]) if initial_state is None else initial_state[index].T.to(x.dtype)
         inputs = torch.cat([past, document])
-        windows = inputs[1:].unfold(0, taps, 1).to(dtype)  # [T, D, W]
+        windows = inputs.unfold(0, taps, 1)[1:].to(dtype)  # [T, D, W]
         out = (windows * weight.to(dtype)).sum(-1)
         if bias is not None:
             out = out + bias.to(dtype)
