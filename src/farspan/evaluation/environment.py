@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 
 
 def processor() -> dict[str, Any]:
-    """The CPU: model, cores that this process may use, torch threads, and whether it multiplies bfloat16 in hardware."""
+    """The CPU: model, cores that this process may use, torch threads, and its instructions for bfloat16."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     names = [name for name in ("amx_bf16", "avx512_bf16", "bf16") if capabilities.get(name)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

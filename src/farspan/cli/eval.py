@@ -1,0 +1,151 @@
+"""`farspan eval`: bits per byte and perplexity by context length of a model directory."""
+
+import contextlib
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from farspan.cli import _output
+from farspan.errors import DataError
+
+if TYPE_CHECKING:
+    from farspan.data.dataset import PreparedDataset
+    from farspan.evaluation.evaluate import Evaluation, Stage
+
+_DESCRIPTION = """Measure a model directory: bits per byte next to two baselines, and perplexity by context length.
+
+    farspan eval runs/demo
+    farspan eval runs/demo --data 'books/**/*.txt' --lengths 512 2048 8192 --protocols sliding
+
+Protocols: sliding (window with a stride, each token scored once), position (mean by position in long texts), suffix
+(the last tokens after longer prefixes), carried (the state carried over windows; only for models whose memory does not
+grow). Results go to DIR/evaluation as JSON and plots; the report of a run is refreshed."""
+
+Protocol = Literal["sliding", "position", "suffix", "carried"]
+
+
+@dataclass(kw_only=True)
+class _Command:
+    directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
+    """A model directory, such as a run of farspan train."""
+    data: str | None = None
+    """A prepared dataset, or a corpus by name or path; unset, the dataset that the run was trained on."""
+    split: str = "valid"
+    """The split to read: train, valid or test."""
+    lengths: tuple[int, ...] = ()
+    """Context lengths in tokens; unset, a quarter to 8 times the trained length, as data and --max-tokens allow."""
+    stride: int | None = None
+    """Step of the sliding window in tokens; unset, 512, or the trained length where that is shorter."""
+    protocols: tuple[Protocol, ...] = ("sliding", "position", "suffix", "carried")
+    """What to measure by context length."""
+    max_tokens: int = 500_000
+    """Tokens to read for the context lengths; decides how many texts are read."""
+    max_windows: int | None = None
+    """Windows to read for bits per byte, spread evenly over the split; unset, all of it."""
+    baselines: bool = True
+    """Measure the baselines on the same split (kept with the dataset, so that a second time costs nothing)."""
+    batch_tokens: int = 8192
+    """Tokens per forward pass."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the layers; the head and the losses are float32 in any case."""
+
+
+def run(argv: list[str]) -> int:
+    """Runs `farspan eval`.
+
+    Args:
+        argv: The arguments after `eval`.
+
+    Returns:
+        0 when everything was measured and saved.
+
+    Raises:
+        FarspanError: What the user can mend.
+        SystemExit: From the argument parser, after it has printed help (0) or a message (2).
+    """
+    options = tyro.cli(_Command, args=argv, prog="farspan eval", description=_DESCRIPTION)
+
+    import torch
+
+    from farspan.evaluation.evaluate import evaluate
+    from farspan.evaluation.loading import choose_device, load_config
+
+    load_config(options.directory)  # a mistake in the directory is said before the data are read
+    dataset = find_dataset(options.directory, options.data)
+    with stages() as stage:
+        evaluation = evaluate(
+            options.directory,
+            dataset,
+            split=options.split,
+            lengths=options.lengths,
+            stride=options.stride,
+            protocols=options.protocols,
+            max_tokens=options.max_tokens,
+            max_windows=options.max_windows,
+            with_baselines=options.baselines,
+            batch_tokens=options.batch_tokens,
+            device=choose_device(options.device),
+            dtype=torch.bfloat16 if options.dtype == "bfloat16" else None,
+            command=shlex.join(["farspan", "eval", *argv]),
+            stage=stage,
+        )
+    path = evaluation.save(options.directory)
+    _show(evaluation, path)
+    if (options.directory / "recipe.yaml").is_file():
+        from farspan.training.report import write_report
+
+        _output.out.print(f"report {write_report(options.directory)}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def find_dataset(directory: Path, data: str | None) -> "PreparedDataset":
+    """The dataset to evaluate on: a prepared one, a corpus tokenised for this model, or that of the run.
+
+    Args:
+        directory: the model directory.
+        data: path of a prepared dataset, name or path of a corpus, or None for the dataset of the run.
+
+    Raises:
+        DataError: when there is none.
+    """
+    from farspan.data.dataset import METADATA, open_dataset
+    from farspan.data.prepare import prepare
+    from farspan.evaluation.loading import load_tokenizer, read_run
+
+    if data is None:
+        known = read_run(directory).get("dataset")
+        if not known:
+            raise DataError(f"{directory} does not say what it was trained on; name the text with --data.")
+        if not (directory / known).is_dir():
+            raise DataError(f"the dataset of {directory} is gone ({directory / known}); name another with --data.")
+        return open_dataset(directory / known)
+    if (Path(data) / METADATA).is_file():
+        return open_dataset(data)
+    load_tokenizer(directory)  # says clearly when there is none
+    return prepare(data, directory, directory / "evaluation" / "data", overwrite=True)
+
+
+@contextlib.contextmanager
+def stages() -> Iterator["Stage"]:
+    """One progress bar per stage of an evaluation."""
+    with _output.progress() as display:
+
+        def stage(name: str, tokens: int) -> Callable[[int], None]:
+            task = display.add_task(name, total=tokens)
+            return lambda read: display.advance(task, read)
+
+        yield stage
+
+
+def _show(evaluation: "Evaluation", path: Path) -> None:
+    from farspan.evaluation.tables import context_tables, summary_table
+
+    for table in [*context_tables(evaluation.context), summary_table(evaluation)]:
+        _output.out.print(table)
+    _output.out.print(f"results {path}", soft_wrap=True, highlight=False)
