@@ -5,10 +5,13 @@ shows a letter binds it, and every later one must agree. The message names the t
 tensor that bound the letter.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from farspan.errors import ConfigError, ShapeError
 from farspan.ops import varlen
@@ -137,3 +140,14 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 def without_autocast(tensor: Tensor) -> torch.autocast:
     """A context in which the tensor's device does not autocast, so that the operator alone decides its dtypes."""
     return torch.autocast(device_type=tensor.device.type, enabled=False)
+
+
+def plain_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the backward of an autograd function: no second derivative, and no autocast where it is called."""
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *gradients: Tensor) -> Any:
+        with without_autocast(gradients[0]):
+            return backward(ctx, *gradients)
+
+    return once_differentiable(call)

@@ -65,8 +65,10 @@ def gated_linear_attention(
 
     Note:
         The result is exact for every decay: where the decays within a chunk are moderate, one factorisation about the
-        centre of the chunk serves; otherwise the chunk is split until it fits. Nothing is clamped. Gradients flow to
-        every tensor argument, through `out` and through the final state.
+        centre of the chunk serves; otherwise the chunk is split until it fits. Nothing is clamped; a decay below
+        exp(-10⁴) is 0 in every dtype. Later tokens do not reach earlier outputs, except through the last bits (the
+        centre depends on the whole chunk). Gradients flow to every tensor argument, through `out` and through the
+        final state. That of log_decay is a sum of differences `q dq - k dk`, and rounds like these terms.
 
     Source:
         Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (arXiv:2312.06635),

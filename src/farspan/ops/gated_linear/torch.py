@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from farspan.ops import varlen
-from farspan.ops._contract import compute_dtype
+from farspan.ops._contract import compute_dtype, plain_backward
 from farspan.ops.gated_linear.reference import recurrent_update
 
 CHUNK = 32
@@ -135,7 +134,7 @@ class _Chunked(torch.autograd.Function):
         return out, final
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, entering = ctx.saved_tensors
         d_out, d_final = gradients

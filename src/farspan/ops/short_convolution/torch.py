@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from farspan.ops import varlen
-from farspan.ops._contract import compute_dtype
+from farspan.ops._contract import compute_dtype, plain_backward
 
 # Numbers that are worked on at once: on a CPU what the caches hold, on a GPU everything that usually comes.
 STRETCH = {False: 1 << 17, True: 1 << 28}
@@ -79,7 +78,7 @@ class _Shifted(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @plain_backward
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, bias = ctx.saved_tensors
         (d_out,) = gradients
