@@ -18,6 +18,7 @@ offset     bytes   content
 Source: codefuse-ai/Collinear-Constrained-Attention: data/indexed_dataset.py.
 """
 
+import contextlib
 import os
 import shutil
 import struct
@@ -41,6 +42,7 @@ DTYPES: dict[int, np.dtype] = {
 }
 _HEADER = struct.Struct("<9sQBQQ")
 _UINT16_VOCABULARY = 65500
+_LARGEST_ITEM = 2**31 - 1
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -97,6 +99,8 @@ class IndexedWriter:
         values = np.asarray(tokens)
         if values.ndim != 1:
             raise DataError(f"an item is a one-dimensional array of tokens; this one has shape {values.shape}.")
+        if len(values) > _LARGEST_ITEM:
+            raise DataError(f"an item holds at most {_LARGEST_ITEM} tokens; this one has {len(values)}. Split it.")
         stored = values.astype(self.dtype)
         if self.dtype.kind in "iu" and not np.array_equal(stored, values):
             raise DataError(
@@ -117,7 +121,7 @@ class IndexedWriter:
         self.end_document()
 
     def merge(self, prefix: PathLike) -> None:
-        """Appends all items and documents of another pair of the same dtype.
+        """Appends all items and documents of another pair of the same dtype; a document begun before ends first.
 
         Note:
             The published code forgets the other file's document index; here it is carried over, shifted.
@@ -126,6 +130,8 @@ class IndexedWriter:
         if other.dtype != self.dtype:
             raise DataError(f"{idx_path(prefix)} stores {other.dtype}, which cannot be merged into {self.dtype}.")
         first = len(self._sizes)
+        if self._document_index[-1] != first:
+            self.end_document()
         with writing(self._bin), bin_path(prefix).open("rb") as source:
             shutil.copyfileobj(source, self._file, 1 << 22)
         self._sizes.frombytes(other.sizes.astype(np.int32).tobytes())
@@ -151,8 +157,9 @@ class IndexedWriter:
             sync_directory(self._idx.parent)
 
     def abort(self) -> None:
-        """Gives up: removes what was written so far."""
-        self._file.close()
+        """Gives up: removes what has no final name yet."""
+        with contextlib.suppress(OSError):  # closing writes what is buffered, and the disk may be full
+            self._file.close()
         for path in (self._bin, self._idx):
             partial(path).unlink(missing_ok=True)
 
@@ -162,9 +169,10 @@ class IndexedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.finalize()
-        else:
+        try:
+            if kind is None:
+                self.finalize()
+        finally:
             self.abort()
 
 

@@ -5,11 +5,8 @@ Everything is written to a hidden directory beside the destination, shard by sha
 become one token file; at last ``dataset.json`` is written and the directory gets the destination's name.
 """
 
-import contextlib
 import io
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -21,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 import farspan
-from farspan.data import _files
+from farspan.data import _files, _staging
 from farspan.data.corpora import SPLITS, Corpus, Document, Fractions, name_hash, open_corpus
 from farspan.data.dataset import METADATA, TOKENIZER, Metadata, PreparedDataset, SplitCounts, bytes_path, open_dataset
 from farspan.data.indexed import IndexedDataset, IndexedWriter, idx_path, token_dtype
@@ -35,7 +32,6 @@ SHARD_BYTES = 1 << 26
 BPE_TRAINING_BYTES = 1 << 28
 _BATCH_BYTES = 1 << 18
 _MOST_WORKERS = 16
-_INPUTS = "inputs.json"
 
 
 def prepare(
@@ -83,18 +79,17 @@ def prepare(
         corpus = open_corpus(corpus, text_field=text_field, fractions=Fractions(valid, test))
     request = _Request.of(corpus, str(tokenizer))
     destination = Path(os.path.abspath(out))
-    staging = destination.with_name(f".{destination.name}.preparing")
-    if (done := _finished(destination, request, overwrite)) is not None:
+    if not _staging.interrupted(destination) and (done := _finished(destination, request, overwrite)) is not None:
         return done
-    with _locked(staging):
-        _restore(destination)
+    with _staging.locked(destination) as staging:
+        _staging.restore(destination)
         if (done := _finished(destination, request, overwrite)) is not None:
             return done
         with _files.writing(staging), _progress_bar(progress) as bar:
-            _discard_other_work(staging, {**asdict(request), "shard_bytes": shard_bytes})
+            _staging.discard_other_work(staging, {**asdict(request), "shard_bytes": shard_bytes})
             workers = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
             _build(staging, corpus, request, workers, shard_bytes, bar)
-            _install(staging, destination)
+            _staging.install(staging, destination)
     return open_dataset(destination)
 
 
@@ -121,12 +116,8 @@ class _Request:
         names = ("fingerprint", "valid_fraction", "test_fraction", "text_field")
         pairs = [(name, getattr(made_from, name), getattr(self, name)) for name in names]
         texts = [f"{name} {found!s:.12} instead of {wanted!s:.12}" for name, found, wanted in pairs if found != wanted]
-        same = (
-            self.tokenizer_hash == made_from.tokenizer_hash
-            if self.tokenizer_hash
-            else self.tokenizer == made_from.tokenizer
-        )
-        if not same:
+        by = "tokenizer_hash" if self.tokenizer_hash else "tokenizer"
+        if getattr(made_from, by) != getattr(self, by):
             texts.append(f"tokenizer {made_from.tokenizer} instead of {self.tokenizer}, or of other content")
         return texts
 
@@ -161,10 +152,13 @@ def _build(staging: Path, corpus: Corpus, request: _Request, workers: int, shard
     tokenizer = _tokenizer(staging / TOKENIZER, corpus, request.tokenizer)
     task = bar.add_task("tokenising", total=corpus.scan.bytes)
     splits = {}
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         encode = _BatchEncoder(pool, tokenizer, lambda count: bar.advance(task, count))
         for split in SPLITS:
             splits[split] = _build_split(staging / split, corpus, encode, shard_bytes)
+    finally:
+        pool.shutdown(cancel_futures=True)
     Metadata(
         corpus=corpus.name,
         fingerprint=request.fingerprint,
@@ -267,66 +261,6 @@ def _save_array(path: Path, values: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, values)
     _files.write_bytes(path, buffer.getvalue())
-
-
-def _discard_other_work(staging: Path, inputs: dict[str, object]) -> None:
-    """Empties `staging` unless what is in it was made from the same `inputs`."""
-    record = staging / _INPUTS
-    content = json.dumps(inputs, indent=2, default=str).encode()
-    if record.is_file() and record.read_bytes() == content:
-        return
-    for path in staging.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    _files.write_bytes(record, content)
-
-
-def _replaced(destination: Path) -> Path:
-    return destination.with_name(f".{destination.name}.replaced")
-
-
-def _install(staging: Path, destination: Path) -> None:
-    """Gives the finished directory its name; a dataset that was there is removed afterwards."""
-    old = _replaced(destination)
-    if (destination / METADATA).exists():
-        os.replace(destination, old)
-    os.replace(staging, destination)
-    (destination / _INPUTS).unlink(missing_ok=True)
-    _files.sync_directory(destination.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _restore(destination: Path) -> None:
-    """Undoes an `_install` that was stopped between its two renames."""
-    old = _replaced(destination)
-    if old.exists():
-        if destination.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(old, destination)
-
-
-@contextlib.contextmanager
-def _locked(staging: Path) -> Iterator[None]:
-    """Makes the directory and holds it for this process; the hold ends with the process, however that ends."""
-    import fcntl
-
-    with _files.writing(staging):
-        staging.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(staging, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
-            yield
-        finally:
-            if not any(staging.glob("*.idx")):
-                shutil.rmtree(staging, ignore_errors=True)  # nothing in it that a later run could use
-    except BlockingIOError:
-        raise DataError(f"another process is preparing this dataset now (it holds {staging}); wait for it.") from None
-    finally:
-        os.close(descriptor)
 
 
 def _progress_bar(shown: bool | None) -> Progress:
