@@ -146,6 +146,7 @@ def stages() -> Iterator["Stage"]:
 def _show(evaluation: "Evaluation", path: Path) -> None:
     from farspan.evaluation.tables import context_tables, summary_table
 
-    for table in [*context_tables(evaluation.context), summary_table(evaluation)]:
+    for title, table in [*context_tables(evaluation.context).items(), summary_table(evaluation)]:
+        _output.out.print(f"\n{title}", style="bold", markup=False, highlight=False, soft_wrap=True)
         _output.out.print(table)
     _output.out.print(f"results {path}", soft_wrap=True, highlight=False)

@@ -79,7 +79,7 @@ def ngram_baseline(train: Sequence[bytes], text: Sequence[bytes], order: int = O
     """An `NgramModel` of bytes counted on `train` and scored on `text`."""
     started = time.perf_counter()
     bits = NgramModel(order).fit(train).bits(text)
-    method = f"{order}-gram model of bytes, interpolated modified Kneser-Ney, counted on the train split"
+    method = "bytes, modified Kneser-Ney, counted on the train split"
     return _baseline(f"{order}-gram", method, bits, text, train, started)
 
 
@@ -88,11 +88,14 @@ def compressor_baselines(train: Sequence[bytes], text: Sequence[bytes]) -> list[
     started = time.perf_counter()
     before, after = _joined(train), _joined(text)
     extra = len(_compress(before + after)) - len(_compress(before))
-    method = "lzma (preset 9, extreme): compressed bytes of train + split, minus those of train"
+    method = "preset 9 extreme: size of train + split, minus size of train"
     given = _baseline("lzma after train", method, 8.0 * extra, text, train, started)
     started = time.perf_counter()
     alone = 8.0 * len(_compress(after))
-    return [given, _baseline("lzma alone", "lzma (preset 9, extreme): the split alone", alone, text, [], started)]
+    return [
+        given,
+        _baseline("lzma alone", "preset 9 extreme: the split without the train split", alone, text, [], started),
+    ]
 
 
 def split_bytes(dataset: "PreparedDataset", split: str, limit: int = MAX_BYTES) -> list[bytes]:
