@@ -46,7 +46,7 @@ def run(argv: list[str]) -> int:
     named = bool(words) and not words[0].startswith("-")
     recipe = load_recipe(find_recipe(words.pop(0))) if named else Recipe()
     default = _Command(**{field.name: getattr(recipe, field.name) for field in fields(recipe)})
-    command = tyro.cli(_Command, args=words, default=default, prog="farspan train", description=_DESCRIPTION)
+    command = tyro.cli(_Command, args=words, default=default, prog="farspan train RECIPE", description=_DESCRIPTION)
     if not named:
         raise ConfigError(f"farspan train needs a recipe: a YAML file, or one of: {', '.join(shipped_recipes())}.")
     recipe = Recipe(**{field.name: getattr(command, field.name) for field in fields(Recipe)}).validate()

@@ -20,7 +20,7 @@ import warnings
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -137,6 +137,8 @@ class Checkpointer:
         self._pending = None
         try:
             future.result()
+            if target.exists():
+                shutil.rmtree(target)  # incomplete, or save() would have left it alone
             partial.rename(target)
         except (OSError, RuntimeError, CheckpointException) as error:
             raise self._failed(partial, error) from error
@@ -166,11 +168,9 @@ class Checkpointer:
         """
         try:
             weights, moments = get_state_dict(model, optimizer)
-            state = {"model": weights, "optimizer": moments}
+            state: dict[str, Any] = {"model": weights, "optimizer": moments}
             dcp.load(state, checkpoint_id=path, process_group=self.parallel.checkpoint_group)
-            set_state_dict(
-                model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-            )
+            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
             progress = Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
             rank_state = torch.load(path / f"rank_{self.parallel.rank}.pt", weights_only=True)
         except (Exception, CheckpointException) as error:
@@ -186,7 +186,9 @@ class Checkpointer:
         cause, earlier = _cause(error), latest_checkpoint(self.directory)
         full = isinstance(cause, OSError) and cause.errno == errno.ENOSPC
         reason = f"no space left on the disk of {str(self.directory)!r}" if full else f"{type(cause).__name__}: {cause}"
-        kept = f"{earlier.name} is intact; the next run resumes from it" if earlier else "there is no earlier checkpoint"
+        kept = (
+            f"{earlier.name} is intact; the next run resumes from it" if earlier else "there is no earlier checkpoint"
+        )
         step = partial.name.removesuffix(".partial").removeprefix("step_").lstrip("0")
         return CheckpointError(f"the checkpoint of step {step} was not written: {reason}. {kept}.")
 
@@ -200,7 +202,7 @@ def _cause(error: BaseException) -> BaseException:
 
 def _rng_state() -> dict[str, Any]:
     """States of all global generators, as types that a weights-only load accepts."""
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],

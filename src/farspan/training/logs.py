@@ -25,12 +25,13 @@ def peak_flops(device: torch.device, precision: torch.dtype) -> float | None:
 class MetricsLog:
     """Appends rows to metrics.jsonl; a resumed run first cuts off what came after its checkpoint.
 
-    Every row has `kind` ("train" or "evaluation") and `step`. A row is in the hands of the operating system when
-    `write` returns, so killing the process loses none.
+    Every row has `kind` ("train", "evaluation" or "final") and `step`. A row is in the hands of the operating system
+    when `write` returns, so killing the process loses none.
 
     Args:
         path: The file.
-        after_step: Rows of later steps are removed, as is a last line that was cut short; 0 empties the file.
+        after_step: Rows of later steps are removed, as are a final row, which is written after the last checkpoint, and
+            a last line that was cut short; 0 empties the file.
 
     Raises:
         OSError: The file cannot be written.
@@ -38,7 +39,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, after_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(path) if row["step"] <= after_step] if after_step else []
+        kept = [row for row in read_metrics(path) if row["step"] <= after_step and row["kind"] != "final"]
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(partial, path)
@@ -63,7 +64,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 break  # the process died while writing it; nothing follows
-            if not isinstance(row, dict) or "step" not in row:
+            if not isinstance(row, dict) or not {"kind", "step"} <= row.keys():
                 break
             rows.append(row)
     return rows
@@ -113,6 +114,7 @@ class Display:
         self.live = mode == "live" or (mode == "auto" and self.console.is_terminal)
         self.every = every
         self.total = 0
+        self._speeds: dict[str, float] = {}
         self._task = TaskID(0)
         self._progress: Progress | None = None
 
@@ -120,13 +122,22 @@ class Display:
         """Begins to show steps `done` to `total`."""
         self.total = total
         if self.live:
-            columns = TextColumn("training"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[m]}")
+            columns = (
+                TextColumn("training"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[m]}"),
+            )
             self._progress = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=self.console)
             self._task = self._progress.add_task("training", total=total, completed=done, m="")
             self._progress.start()
 
     def step(self, row: dict[str, Any], seconds_left: float) -> None:
-        """Shows a row of kind "train"."""
+        """Shows a row of kind "train", its speeds as moving averages so that they can be read."""
+        row = dict(row)
+        for name in ("tokens_per_second", "flops_per_second", "mfu"):
+            if name in row:
+                row[name] = self._speeds[name] = 0.9 * self._speeds.get(name, row[name]) + 0.1 * row[name]
         if self._progress is not None:
             self._progress.update(self._task, completed=row["step"], m=_summary(row))
         elif row["step"] % self.every == 0 or row["step"] in (1, self.total):

@@ -21,6 +21,8 @@ from torch import Tensor
 from farspan.data.dataset import PreparedDataset
 from farspan.data.loader import IGNORED, make_loader
 from farspan.errors import CheckpointError
+from farspan.evaluation.environment import processor, versions
+from farspan.evaluation.loading import read_run
 from farspan.evaluation.perplexity import bits_per_byte
 from farspan.training.checkpoint import Checkpointer, Progress, restore_rng
 from farspan.training.guard import check_finite
@@ -30,8 +32,8 @@ from farspan.training.optimizer import build_optimizer, learning_rate, set_learn
 from farspan.training.parallel import Parallel
 from farspan.training.recipe import Recipe, TrainRecipe
 from farspan.training.report import write_report
-from farspan.training.run import Resume, Run, export_model, open_run, read_run, versions, write_run
-from farspan.training.setup import build_model, choose_precision, open_data, seed_everything
+from farspan.training.run import Resume, Run, export_model, open_run, write_run
+from farspan.training.setup import build_model, choose_precision, open_data, recompute_activations, seed_everything
 
 
 def train(recipe: Recipe, *, resume: Resume = "auto", command: str = "") -> Path:
@@ -83,7 +85,7 @@ def _run(recipe: Recipe, run: Run, parallel: Parallel, display: Display, command
     tokenizer = dataset.load_tokenizer()
     model: Any = parallel.shard(build_model(recipe.model, tokenizer, recipe.data.sequence_length))
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     if settings.torch_compile:
         model.compile()
     optimizer = build_optimizer(model, settings)
@@ -302,7 +304,7 @@ def _describe(
             "tokenizer": found.tokenizer,
             "splits": {name: vars(counts) for name, counts in found.splits.items()},
         },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor()["model"],
         "threads": torch.get_num_threads(),
         "precision": str(precision).removeprefix("torch."),
         "versions": versions(),

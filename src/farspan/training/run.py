@@ -11,18 +11,17 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import transformers
+from transformers.utils import logging
 
-import farspan
+from farspan.data._files import write_bytes
 from farspan.errors import CheckpointError, ConfigError
+from farspan.evaluation.loading import read_run
 from farspan.training.checkpoint import latest_checkpoint
 from farspan.training.recipe import Recipe, load_recipe
 
@@ -98,7 +97,7 @@ def open_run(recipe: Recipe, resume: Resume = "auto") -> Iterator[Run]:
             note += f"resuming {directory} from {checkpoint.name}"
         else:
             note += f"starting in {directory}"
-            write_atomically(directory / "recipe.yaml", recipe.to_yaml())
+            write_text(directory / "recipe.yaml", recipe.to_yaml())
         yield Run(directory, checkpoint, finished, note)
 
 
@@ -156,40 +155,19 @@ def _alone(directory: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise CheckpointError(
-                f"another process is training in {str(directory)!r}; wait for it, stop it, or choose another output_dir."
+                f"another process is training in {str(directory)!r}; wait for it, stop it or choose another output_dir."
             ) from None
         yield
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file that is whole whenever it is there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def read_run(directory: Path) -> dict[str, Any]:
-    """The content of run.json; empty if there is none."""
-    try:
-        content = json.loads((directory / "run.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file that is whole whenever it is there."""
+    write_bytes(path, text.encode())
 
 
 def write_run(directory: Path, content: dict[str, Any]) -> None:
     """Writes run.json."""
-    write_atomically(directory / "run.json", json.dumps(content, indent=2) + "\n")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    return {
-        "farspan": farspan.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    write_text(directory / "run.json", json.dumps(content, indent=2) + "\n")
 
 
 def export_model(directory: Path, model: Any, tokenizer: Any) -> None:
@@ -213,10 +191,10 @@ def export_model(directory: Path, model: Any, tokenizer: Any) -> None:
 @contextlib.contextmanager
 def _without_progress_bars() -> Iterator[None]:
     """Keeps transformers' bars out of the run's own display."""
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            transformers.utils.logging.enable_progress_bar()
+            logging.enable_progress_bar()

@@ -11,6 +11,8 @@ from farspan.data.dataset import PreparedDataset, open_dataset
 from farspan.data.prepare import prepare
 from farspan.data.tokenizers import load_tokenizer, tokenizer_hash
 from farspan.errors import CheckpointError, ConfigError
+from farspan.evaluation.environment import processor
+from farspan.evaluation.loading import load_model
 from farspan.training.recipe import ModelRecipe, Recipe
 from farspan.training.run import Run
 
@@ -31,7 +33,7 @@ def choose_precision(name: Literal["auto", "bf16", "fp32"], device: torch.device
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        native = bool(processor()["bfloat16"])
     if name == "bf16" and device.type == "cuda" and not native:
         raise ConfigError(f"train.precision='bf16': {torch.cuda.get_device_name(device)} has no bfloat16; use fp32.")
     return torch.bfloat16 if name == "bf16" or (name == "auto" and native) else torch.float32
@@ -126,23 +128,27 @@ def _preset(name: str) -> dict[str, Any]:
 
 def _load_model(directory: str, recipe: ModelRecipe, tokenizer: Any) -> Any:
     """An existing model, whose own configuration wins; fields of the recipe may only repeat it."""
-    from farspan.models import FarspanConfig, FarspanForCausalLM
+    from farspan.models import FarspanConfig
 
-    if not (Path(directory) / "config.json").is_file():
-        raise CheckpointError(f"model.from_pretrained={directory!r} is not a model directory: it has no config.json.")
-    config = FarspanConfig.from_pretrained(directory, local_files_only=True)
-    found = config.to_dict()
+    model = load_model(directory)
+    found = model.config.to_dict()
     wanted = FarspanConfig(**{**found, **recipe.config_values()}).to_dict()
-    differing = [f"{name} ({wanted[name]!r}, there {found.get(name)!r})" for name in wanted if wanted[name] != found.get(name)]
+    differing = [f"{name} ({wanted[name]!r}, there {found[name]!r})" for name in found if wanted[name] != found[name]]
     if differing:
         raise ConfigError(
             f"model.from_pretrained={directory!r} is another model than the recipe describes: {', '.join(differing)}. "
             "Leave these fields of model unset; the model's own configuration is used."
         )
-    if len(tokenizer) > config.vocab_size:
-        raise ConfigError(f"{directory!r}: its tokenizer has {len(tokenizer)} tokens, its model {config.vocab_size}.")
-    try:
-        model = FarspanForCausalLM.from_pretrained(directory, local_files_only=True, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"model.from_pretrained={directory!r} cannot be read: {error}") from error
+    if len(tokenizer) > model.config.vocab_size:
+        raise ConfigError(
+            f"model.from_pretrained={directory!r}: its tokenizer has {len(tokenizer)} tokens, "
+            f"its model only {model.config.vocab_size}."
+        )
     return model.train()
+
+
+def recompute_activations(model: Any) -> None:
+    """Turns activation checkpointing on, block by block."""
+    # transformers renamed the method between the oldest and the newest release we support
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -1,0 +1,262 @@
+"""What one step computes, and what a run leaves behind."""
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.data.dataset import open_dataset
+from farspan.data.loader import make_loader
+from farspan.errors import CheckpointError, ConfigError, DataError
+from farspan.training.guard import NonFiniteError
+from farspan.training.logs import read_metrics
+from farspan.training.loop import optimizer_step, train
+from farspan.training.optimizer import build_optimizer
+from farspan.training.parallel import Parallel
+from farspan.training.recipe import Recipe, TrainRecipe
+from farspan.training.setup import choose_precision, recompute_activations
+
+Tiny = Callable[..., Recipe]
+ALONE = Parallel(rank=0, world_size=1, device=torch.device("cpu"))
+# Sums of the same numbers in another order, in float32 and over a few hundred terms.
+REORDERED = {"atol": 1e-6, "rtol": 1e-5}
+
+
+def tiny_model(**values: Any) -> Any:
+    from farspan.models import FarspanConfig, FarspanForCausalLM
+
+    torch.manual_seed(0)
+    config = {"vocab_size": 258, "hidden_size": 16, "num_attention_heads": 2, "mixers": ["metala", "softmax"]}
+    return FarspanForCausalLM(FarspanConfig(**{**config, **values})).train()
+
+
+def batches(directory: Path, count: int, batch_size: int) -> list[dict[str, Tensor]]:
+    loader = iter(make_loader(open_dataset(directory), sequence_length=16, batch_size=batch_size))
+    return [next(loader) for _ in range(count)]
+
+
+def step(model: Any, micro_batches: list[dict[str, Tensor]], **values: Any) -> tuple[float, float]:
+    precision = values.pop("precision", torch.float32)
+    settings = TrainRecipe(max_steps=1, learning_rate=0.1, **values)
+    return optimizer_step(model, build_optimizer(model, settings), micro_batches, settings, precision, ALONE, step=1)
+
+
+def test_accumulation_equals_one_large_batch(dataset_directory: Path) -> None:
+    (large,) = batches(dataset_directory, 1, batch_size=4)
+    small = batches(dataset_directory, 4, batch_size=1)
+    small[0]["labels"][:, :9] = -100  # micro-batches with unequal numbers of labels must not count equally
+    large["labels"][:, :9] = -100
+    models = tiny_model(), tiny_model()
+    results = step(models[0], [large]), step(models[1], small)
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    # AdamW divides a gradient by its size, so compare gradients, not weights.
+    gradients = []
+    for model, micro_batches in zip(models, ([large], small), strict=True):
+        model.load_state_dict(tiny_model().state_dict())
+        count = sum(int((batch["labels"] != -100).sum()) for batch in micro_batches)
+        for batch in micro_batches:
+            labels = batch["labels"]
+            rest = {name: value for name, value in batch.items() if name != "labels"}
+            model(**rest, shift_labels=labels, num_items_in_batch=count, output_logits=False).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, **REORDERED)
+
+
+def test_the_step_is_clipped_adamw_on_the_mean_loss(dataset_directory: Path) -> None:
+    (batch,) = batches(dataset_directory, 1, batch_size=2)
+    model, expected = tiny_model(), tiny_model()
+    loss, norm = step(model, [batch], max_grad_norm=0.5, weight_decay=0.0)
+
+    logits = expected(batch["input_ids"], position_ids=batch["position_ids"], cu_seqlens=batch["cu_seqlens"]).logits
+    reference = torch.nn.functional.cross_entropy(logits[0], batch["labels"][0], ignore_index=-100)
+    reference.backward()
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+    assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(expected.parameters(), 0.5)), rel=1e-4)
+    assert loss == pytest.approx(reference.item(), rel=1e-5)
+    optimizer.step()
+    moved = torch.cat([p.detach().flatten() for p in model.parameters()])
+    wanted = torch.cat([p.detach().flatten() for p in expected.parameters()])
+    # The first AdamW step is lr·sign(g) but where |g| comes near epsilon: rounding shows there, and only there.
+    assert ((moved - wanted).abs() > 1e-3).float().mean() < 0.01
+
+
+def test_recomputed_activations_change_nothing(dataset_directory: Path) -> None:
+    (batch,) = batches(dataset_directory, 1, batch_size=2)
+    plain, recomputing = tiny_model(), tiny_model()
+    recompute_activations(recomputing)
+    assert step(plain, [batch]) == pytest.approx(step(recomputing, [batch]), rel=1e-6)
+
+
+def test_bf16_keeps_float32_weights_and_stays_near_float32(dataset_directory: Path) -> None:
+    (batch,) = batches(dataset_directory, 1, batch_size=2)
+    full, half = tiny_model(), tiny_model()
+    exact = step(full, [batch])
+    rounded = step(half, [batch], precision=torch.bfloat16)
+    assert rounded != exact and rounded == pytest.approx(exact, rel=0.02)  # 8 bits of mantissa
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.float32}
+
+
+def test_precision_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
+        assert choose_precision("auto", ALONE.device) == (torch.bfloat16 if native else torch.float32)
+        assert choose_precision("bf16", ALONE.device) == torch.bfloat16
+        assert choose_precision("fp32", ALONE.device) == torch.float32
+
+
+def test_a_broken_gradient_stops_the_step_before_the_weights(dataset_directory: Path) -> None:
+    (batch,) = batches(dataset_directory, 1, batch_size=2)
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.model.layers[1].mixer.o_proj.weight.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(NonFiniteError, match=r"step 1.*'model.layers.1.mixer.o_proj.weight' \(16, 16\)"):
+        step(model, [batch])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_a_run_that_diverges_names_the_step_and_keeps_its_checkpoint(tiny: Tiny, monkeypatch: Any) -> None:
+    from farspan.training import loop
+
+    def diverging(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["step"] == 5:
+            with torch.no_grad():
+                args[0].model.embed_tokens.weight[:] = math.inf
+        return optimizer_step(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "optimizer_step", diverging)
+    recipe = tiny()
+    with pytest.raises(NonFiniteError, match=r"step 5: the loss is nan.*'model.embed_tokens.weight'"):
+        train(recipe)
+    assert [path.name for path in (recipe.run_dir / "checkpoints").iterdir()] == ["step_00000003"]
+
+
+def test_a_run_directory_ends_as_a_model_directory(tiny: Tiny) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    recipe = tiny(logging={"tensorboard": True, "logging_steps": 4})
+    assert train(recipe) == recipe.run_dir
+    names = {path.name for path in recipe.run_dir.iterdir()}
+    assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "report.html"}
+    assert not [name for name in names if "partial" in name]
+    model = AutoModelForCausalLM.from_pretrained(recipe.run_dir)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.run_dir)
+    assert tokenizer.decode(tokenizer("12\n13").input_ids) == "12\n13"
+    assert len(model.generate(torch.tensor([[49, 50]]), max_new_tokens=3, do_sample=False)[0]) <= 5
+    assert model.config.max_position_embeddings == 16 and model.config.eos_token_id == tokenizer.eos_token_id
+
+    about = json.loads((recipe.run_dir / "run.json").read_text())
+    assert about["finished"] and about["step"] == 12 and about["tokens"] == 12 * 2 * 16
+    assert about["sequence_length"] == 16 and len(about["corpus"]["fingerprint"]) == 64
+    assert {"farspan", "torch", "transformers", "python"} <= about["versions"].keys()
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(recipe.run_dir / "tensorboard"))
+    events.Reload()
+    rows = [row for row in read_metrics(recipe.run_dir / "metrics.jsonl") if row["kind"] == "train"]
+    logged = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert logged == {row["step"]: pytest.approx(row["loss"]) for row in rows if row["step"] % 4 == 0}
+
+
+def test_the_data_is_prepared_in_the_run_directory(tiny: Tiny) -> None:
+    recipe = tiny(data={"directory": None})
+    train(recipe)
+    assert json.loads((recipe.run_dir / "run.json").read_text())["dataset"] == "data"
+    assert (recipe.run_dir / "data/dataset.json").is_file()
+
+
+def test_a_prepared_dataset_needs_no_corpus(tiny: Tiny) -> None:
+    train(tiny(data={"corpus": None}))
+
+
+def test_tokens_are_rounded_up_to_whole_steps(tiny: Tiny) -> None:
+    recipe = tiny(train={"max_steps": None, "max_tokens": 65})
+    train(recipe)
+    assert json.loads((recipe.run_dir / "run.json").read_text())["tokens"] == 96
+
+
+def test_plain_lines_tell_of_progress(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny(logging={"progress": "auto", "logging_steps": 6}))
+    text = capsys.readouterr().out
+    assert [line.split()[1] for line in text.splitlines() if "loss" in line] == ["1/12", "6/12", "12/12"]
+    assert "FLOP/s" in text and "valid" in text and "report.html" in text
+
+
+def test_training_goes_on_from_a_model_directory(tiny: Tiny) -> None:
+    first = tiny("first")
+    train(first)
+    weights = {"preset": None, "mixers": None, "hidden_dropout": None, "from_pretrained": str(first.run_dir)}
+    second = tiny("second", model=weights)
+    train(second)
+    start, end = (read_metrics(recipe.run_dir / "metrics.jsonl") for recipe in (first, second))
+    assert end[0]["loss"] < start[0]["loss"] - 0.01
+
+    other = tiny("third", model={**weights, "hidden_size": 32})
+    with pytest.raises(ConfigError, match=r"another model than the recipe describes: hidden_size \(32, there 16\)"):
+        train(other)
+    missing = tiny("fourth", model={**weights, "from_pretrained": "nowhere"})
+    with pytest.raises((CheckpointError, ConfigError, DataError), match="nowhere"):
+        train(missing)
+
+
+def test_a_tokenizer_other_than_the_models_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    first = tiny("first")
+    train(first)
+    weights = {"mixers": None, "hidden_dropout": None, "from_pretrained": str(first.run_dir)}
+    second = tiny("second", model=weights, data={"tokenizer": "bpe:300", "directory": str(tmp_path / "other")})
+    with pytest.raises(ConfigError, match=r"tokenised by another tokenizer \('bpe:300'\)"):
+        train(second)
+
+
+def test_another_corpus_in_the_same_place_is_refused(tiny: Tiny) -> None:
+    recipe = tiny(checkpoint={"save_steps": 3})
+    train(recipe)
+    about = json.loads((recipe.run_dir / "run.json").read_text())
+    about |= {"finished": False, "corpus": {**about["corpus"], "fingerprint": "0" * 64}}
+    (recipe.run_dir / "run.json").write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match=r"holds another corpus .* than this run began with \(000000000000\)"):
+        train(recipe)
+
+
+def test_configuration_errors_name_the_section(tiny: Tiny) -> None:
+    with pytest.raises(ConfigError, match=r"model: .*num_attention_heads"):
+        train(tiny(model={"num_attention_heads": 3}))
+
+
+def test_several_processes_are_refused_until_they_work(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2"):
+        train(tiny())
+
+
+@pytest.mark.parametrize("mixer", ["metala", "softmax"])
+def test_fifty_steps_learn_to_recall(mixer: str, tiny: Tiny, tmp_path: Path) -> None:
+    """Each text repeats two letters of eight: only memory tells the next one. Guessing costs ln 8 = 2.08 nats."""
+    draw, folder = random.Random(0), tmp_path / "recall"
+    folder.mkdir()
+    for number in range(600):
+        (folder / f"{number}.txt").write_text("".join(draw.choices("abcdefgh", k=2)) * 16)
+    recipe = tiny(
+        model={
+            "mixers": [mixer] * 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "hidden_dropout": 0.0,
+            "tie_word_embeddings": False,
+        },
+        data={"corpus": str(folder), "directory": None, "sequence_length": 64},
+        train={"max_steps": 50, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "warmup_steps": 5},
+        evaluation={"eval_steps": 0},
+        checkpoint={"save_steps": 0},
+    )
+    train(recipe)
+    losses = [row["loss"] for row in read_metrics(recipe.run_dir / "metrics.jsonl") if row["kind"] == "train"]
+    assert sum(losses[-5:]) / 5 < 0.5  # two letters in thirty-two have to be guessed
