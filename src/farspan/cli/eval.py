@@ -71,12 +71,14 @@ def run(argv: list[str]) -> int:
     """
     options = tyro.cli(_Command, args=argv, prog="farspan eval", description=_DESCRIPTION)
 
+    from farspan.evaluation.loading import check_model_directory, choose_device
+
+    check_model_directory(options.directory)  # a mistake in the directory is said at once
+
     import torch
 
     from farspan.evaluation.evaluate import evaluate
-    from farspan.evaluation.loading import choose_device, load_config
 
-    load_config(options.directory)  # a mistake in the directory is said before the data are read
     dataset = find_dataset(options.directory, options.data)
     with stages() as stage:
         evaluation = evaluate(

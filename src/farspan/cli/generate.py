@@ -79,10 +79,14 @@ def run(argv: list[str]) -> int:
     if not 0 <= options.seed < 2**63:
         raise ConfigError(f"seed={options.seed} is not accepted; it has to be at least 0 and below 2^63.")
 
+    from farspan.evaluation.loading import check_model_directory, choose_device, load_model, load_tokenizer
+
+    check_model_directory(options.directory)  # a mistake in the directory is said at once
+    prompt = read_prompt(options.prompt, options.prompt_file)
+
     import torch
 
     from farspan.evaluation.generation import Sampling, sample_text
-    from farspan.evaluation.loading import check_model_directory, choose_device, load_model, load_tokenizer
 
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,
@@ -92,8 +96,6 @@ def run(argv: list[str]) -> int:
         stop=tuple(_unescaped(stop) for stop in options.stop),
         cache=options.cache,
     )
-    check_model_directory(options.directory)
-    prompt = read_prompt(options.prompt, options.prompt_file)
     device = choose_device(options.device)
     dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(options.dtype, options.dtype)
     tokenizer = load_tokenizer(options.directory)

@@ -84,9 +84,12 @@ def describe_model(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: when it is not one.
     """
+    from farspan.evaluation.loading import check_model_directory, load_config, read_run, trained_length
+
+    check_model_directory(directory)  # a mistake in the directory is said at once
+
     import torch
 
-    from farspan.evaluation.loading import load_config, read_run, trained_length
     from farspan.models import FarspanForCausalLM
 
     config = load_config(directory)

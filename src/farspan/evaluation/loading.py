@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from farspan.errors import CheckpointError, ConfigError, FarspanError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from farspan.models import FarspanConfig, FarspanForCausalLM
@@ -62,18 +61,19 @@ def load_config(directory: str | Path) -> "FarspanConfig":
 
 
 def load_model(
-    directory: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    directory: str | Path, *, device: "torch.device | str" = "cpu", dtype: "torch.dtype | None" = None
 ) -> "FarspanForCausalLM":
     """The model of a directory, in evaluation mode.
 
     Args:
         directory: a model directory, such as a run of `farspan train`.
         device: where to put it.
-        dtype: of the weights.
+        dtype: of the weights; None is float32.
 
     Raises:
         CheckpointError: when something is missing, damaged, or belongs to another configuration.
     """
+    import torch
     from safetensors import SafetensorError
 
     from farspan.models import FarspanForCausalLM
@@ -82,7 +82,7 @@ def load_model(
     try:
         with _quiet():
             model, found = FarspanForCausalLM.from_pretrained(
-                directory, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
+                directory, config=config, dtype=dtype or torch.float32, local_files_only=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
@@ -127,12 +127,14 @@ def trained_length(directory: str | Path, config: "FarspanConfig") -> int:
     return int(read_run(directory).get("sequence_length") or config.max_position_embeddings)
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> "torch.device":
     """The device called `name`; "auto" is the first GPU, otherwise the CPU.
 
     Raises:
         ConfigError: for a name torch does not know, or a device that is not there.
     """
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
