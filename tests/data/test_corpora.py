@@ -125,6 +125,8 @@ BAD_CORPORA = {
         "no field 'text' or 'content'; its fields are: body, id",
     ),
     "empty record": ({"a.jsonl": "{}"}, ".", "its fields are: none"),
+    "nested too deeply": ({"a.jsonl": "[" * 200_000}, ".", "line 1: not valid JSON"),
+    "half a character": ({"a.jsonl": '{"text": "\\ud800"}'}, ".", "unpaired surrogate"),
     "field of another type": ({"a.jsonl": '{"text": 3}'}, ".", "field 'text' holds a int, not a string"),
 }
 

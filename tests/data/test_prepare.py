@@ -1,6 +1,7 @@
 """Preparing a corpus: what comes out, going on after a stop, a full disk, and what is refused."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -71,6 +72,23 @@ def test_result_does_not_depend_on_workers_and_shards(corpus_directory: Path, tm
         for number, option in enumerate(options)
     ]
     assert results[0] == results[1] == results[2]
+
+
+def test_lines_of_a_jsonl_are_documents(tmp_path: Path) -> None:
+    lines = [json.dumps({"body": f"document {number}\n"}) for number in range(50)]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines))
+    dataset = prepare(tmp_path / "all.jsonl", "byte", tmp_path / "out", text_field="body", valid=0.2, test=0.2)
+    assert sum(counts.documents for counts in dataset.metadata.splits.values()) == 50
+    assert all(counts.documents > 2 for counts in dataset.metadata.splits.values())
+    assert dataset.load_tokenizer().decode(next(dataset.documents("valid")).tokens[:9]) == "document "
+
+
+def test_skipped_files_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    dataset = prepare(tmp_path, "byte", tmp_path / ".out", valid=0, test=0)
+    assert dataset.metadata.skipped_files == 1
+    assert "1 files are not UTF-8 and are left out (first: bad.txt)" in caplog.text
 
 
 def test_bpe_is_trained_on_the_train_split_only(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from farspan.data.tokenizers import (
     document_encoder,
     end_of_document_id,
     load_tokenizer,
+    pieces,
     tokenizer_hash,
     train_bpe,
 )
@@ -76,6 +77,29 @@ def test_spelt_out_special_tokens_are_ordinary_text(tokenizer) -> None:
     assert tokenizer(END_OF_DOCUMENT).input_ids == [tokenizer.eos_token_id]  # the tokenizer itself is unchanged
 
 
+@pytest.mark.parametrize("tokenizer", [BYTE, BPE])
+@given(text=st.text(st.sampled_from("ab1_ .\n\r\té("), max_size=60), size=st.integers(1, 9))
+def test_pieces_of_a_long_text_encode_like_the_whole(tokenizer, text: str, size: int) -> None:
+    encode = document_encoder(tokenizer)
+    parts = list(pieces(text, size))
+    assert "".join(parts) == text
+    assert [token for part in parts for token in encode(part).tolist()] == encode(text).tolist()
+
+
+def test_long_texts_are_cut_only_where_that_changes_nothing() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    text = "word\n" * 100_000
+    assert len(list(pieces(text))) == 2
+    vocabulary = {character: number for number, character in enumerate("▁word\nx")}
+    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="x"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    prefixing = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="x")
+    assert (document_encoder(prefixing)(text) == vocabulary["▁"]).sum() == 1
+    assert document_encoder(BYTE)(text).tolist() == list(text.encode())
+
+
 def test_encoder_does_not_cut_off() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(4)
@@ -95,6 +119,7 @@ def test_encoder_does_not_cut_off() -> None:
         ("no/such/directory", ConfigError, "path of a directory"),
         ("EMPTY", DataError, "holds no tokenizer"),
         ("DAMAGED", DataError, "holds no tokenizer"),
+        ("ALIEN", DataError, "holds no tokenizer"),
         ("ENDLESS", DataError, "no end-of-sequence token"),
     ],
 )
@@ -104,6 +129,8 @@ def test_bad_tokenizer_gets_one_clear_message(tmp_path: Path, spec: str, error: 
             byte_tokenizer().save_pretrained(tmp_path)
         if spec == "DAMAGED":
             (tmp_path / "tokenizer.json").write_text('{"version": ')
+        if spec == "ALIEN":
+            (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Other"}}')
         if spec == "ENDLESS":
             (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
         spec = str(tmp_path)

@@ -9,6 +9,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from farspan.errors import ConfigError, DataError, nearest
 
 SPLITS = ("train", "valid", "test")
 DEFAULT_TEXT_FIELDS = ("text", "content")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ class Corpus:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not valid JSON ({error}). Mend or remove the line.") from None
             if not isinstance(record, dict):
                 raise DataError(f"{path}, line {number}: holds a {type(record).__name__}, not a JSON object.")
@@ -186,6 +188,10 @@ class Corpus:
             if not isinstance(record[field], str):
                 kind = type(record[field]).__name__
                 raise DataError(f"{path}, line {number}: field {field!r} holds a {kind}, not a string.")
+            if _SURROGATE.search(record[field]):
+                raise DataError(
+                    f"{path}, line {number}: field {field!r} holds half a character (an unpaired surrogate)."
+                )
             yield Document(place, record[field])
 
 

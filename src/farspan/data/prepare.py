@@ -6,6 +6,7 @@ become one token file; at last ``dataset.json`` is written and the directory get
 """
 
 import io
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ SHARD_BYTES = 1 << 26
 BPE_TRAINING_BYTES = 1 << 28
 _BATCH_BYTES = 1 << 18
 _MOST_WORKERS = 16
+_log = logging.getLogger(__name__)
 
 
 def prepare(
@@ -85,6 +87,10 @@ def prepare(
         _staging.restore(destination)
         if (done := _finished(destination, request, overwrite)) is not None:
             return done
+        if skipped := corpus.scan.skipped:
+            _log.warning(
+                "%s: %d files are not UTF-8 and are left out (first: %s)", corpus.name, len(skipped), skipped[0]
+            )
         with _files.writing(staging), _progress_bar(progress) as bar:
             _staging.discard_other_work(staging, {**asdict(request), "shard_bytes": shard_bytes})
             workers = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
