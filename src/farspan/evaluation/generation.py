@@ -136,21 +136,23 @@ def sample_text(
             inputs,
             attention_mask=torch.ones_like(inputs),
             generation_config=config,
-            streamer=stream,
-            stopping_criteria=_stopping(stream),
+            stopping_criteria=_reading(stream),
         )
+    stream.end()
     seconds = time.perf_counter() - started
     return Sample(prompt, seed, stream.text, stream.complete, stream.tokens, round(seconds, 3))
 
 
-def _stopping(stream: "TextStream") -> Any:
+def _reading(stream: "TextStream") -> Any:
+    """A stopping criterion that feeds each new token to the stream; a streamer may get it a step later."""
     from transformers import StoppingCriteria, StoppingCriteriaList
 
-    class Stopped(StoppingCriteria):
+    class Reading(StoppingCriteria):
         def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
+            stream.push(int(input_ids[0, -1]))
             return torch.full((len(input_ids),), stream.complete, device=input_ids.device)  # type: ignore[return-value]
 
-    return StoppingCriteriaList([Stopped()])
+    return StoppingCriteriaList([Reading()])
 
 
 class IncrementalDecoder:
@@ -229,11 +231,11 @@ class StopFilter:
 
 @dataclass
 class TextStream:
-    """Receives tokens from `generate` (its `streamer`) and passes text on.
+    """Receives the generated tokens one by one and passes their text on.
 
     Attributes:
         text: all text so far.
-        tokens: number of generated tokens so far.
+        tokens: number of tokens so far.
         complete: whether the end of the document or a stop string came.
     """
 
@@ -245,23 +247,18 @@ class TextStream:
     tokens: int = 0
     complete: bool = False
     _filter: StopFilter = field(init=False)
-    _prompt_seen: bool = False
 
     def __post_init__(self) -> None:
         self._filter = StopFilter(tuple(self.stops))
 
-    def put(self, value: torch.Tensor) -> None:
-        """Takes the prompt the first time, then one token at a time."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
+    def push(self, token: int) -> None:
+        """Takes one token."""
+        self.tokens += 1
+        if token == self.end_of_document:
+            self.complete = True
             return
-        for token in value.flatten().tolist():
-            self.tokens += 1
-            if token == self.end_of_document:
-                self.complete = True
-                return
-            self._emit(self._filter.push(self.decoder.push(token)))
-            self.complete = self._filter.found
+        self._emit(self._filter.push(self.decoder.push(token)))
+        self.complete = self._filter.found
 
     def end(self) -> None:
         """Passes on what was held back."""

@@ -1,0 +1,65 @@
+"""`farspan info`."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from farspan.cli.info import _bytes, _ranges, count_parameters
+from farspan.cli.main import main
+from farspan.models import FarspanConfig, FarspanForCausalLM
+
+
+def found(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
+    assert main(["info", *argv, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    machine = found(capsys)
+    assert machine["versions"]["torch"] == torch.__version__
+    assert machine["cpu"]["cores"] >= 1
+    assert machine["operators"]["metala_attention"]["reference"] is None  # nothing speaks against it
+    if not torch.cuda.is_available():
+        assert all(backends["triton"] for backends in machine["operators"].values())  # each with its reason
+    assert machine["mixers"]["metala"]["cache"] == "state"
+    assert machine["mixers"]["softmax"]["cache"] == "kv"
+    assert "gated_mlp" in machine["feed_forwards"]
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in [*machine["operators"], *machine["mixers"], *machine["feed_forwards"]])
+
+
+def test_model_directory(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = found(capsys, str(tiny_run))
+    run = json.loads((tiny_run / "run.json").read_text())
+    assert model["parameters"]["total"] == run["parameters"] == sum(model["parameters"].values()) / 2
+    assert model["layers"] == [{"mixer": "metala", "cache": "linear_attention", "feed_forward": "gated_mlp"}]
+    assert len(set(model["cache_bytes"].values())) == 1  # a state does not grow
+    assert model["trained_length"] == 32
+    assert model["trained_on"]["corpus"]["fingerprint"] == run["corpus"]["fingerprint"]
+    assert main(["info", str(tiny_run)]) == 0
+    assert f"total {run['parameters']:,}" in capsys.readouterr().out
+
+
+def test_a_tied_head_counts_once() -> None:
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "mixers": ["softmax"],
+    }
+    with torch.device("meta"):
+        tied, free = (FarspanForCausalLM(FarspanConfig(**sizes, tie_word_embeddings=tied)) for tied in (True, False))
+    assert "head" not in count_parameters(tied)
+    assert count_parameters(free)["head"] == 50 * 16
+    assert count_parameters(free)["total"] == sum(p.numel() for p in free.parameters())
+
+
+def test_numbers_are_written_for_people() -> None:
+    assert _ranges([0, 1, 2, 4, 6, 7]) == "0–2, 4, 6–7"
+    assert _bytes(10) == "10 bytes"
+    assert _bytes(1536) == "1.5 KiB"
+    assert _bytes(3 * 2**40) == "3.0 TiB"
