@@ -82,13 +82,18 @@ def load_model(
     try:
         with _quiet():
             model, found = FarspanForCausalLM.from_pretrained(
-                directory, config=config, dtype=dtype or torch.float32, local_files_only=True, output_loading_info=True
+                directory,
+                config=config,
+                dtype=dtype or torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported, and refused below
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(f"the weights in {directory} cannot be read: {reason}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if keys := sorted(map(str, found[what])):
+        if keys := sorted(key if isinstance(key, str) else key[0] for key in found[what]):
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise CheckpointError(
                 f"the weights in {directory} are not those of its config.json: {what.replace('_', ' ')} "
