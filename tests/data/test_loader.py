@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farspan.data.dataset import PreparedDataset
-from farspan.data.loader import IGNORED, PackedWindows, make_loader
+from farspan.data.loader import PackedWindows, make_loader
 from farspan.errors import CheckpointError, ConfigError, DataError
 
 Batch = dict[str, torch.Tensor]
@@ -44,28 +44,17 @@ def test_batch_equals_a_walk_over_the_tokens(dataset: PreparedDataset, length: i
         for sample in range(3 * step, 3 * step + 3):
             first = windows.window_start(sample)
             for place in range(first, first + length):
-                fresh = place == first or (separate_documents and tokens[place - 1] == end)
+                fresh = place == first or (separate_documents and tokens[place] == end)
                 starts += [len(inputs)] if fresh else []
                 positions.append(0 if fresh else positions[-1] + 1)
                 inputs.append(tokens[place])
-                labels.append(IGNORED if separate_documents and tokens[place] == end else tokens[place + 1])
+                labels.append(tokens[place + 1])
         assert batch["input_ids"].tolist() == [inputs]
         assert batch["labels"].tolist() == [labels]
         assert batch["position_ids"].tolist() == [positions]
         assert batch["cu_seqlens"].tolist() == [*starts, len(inputs)]
         assert [batch[name].dtype for name in ("input_ids", "labels", "position_ids")] == [torch.int64] * 3
         assert batch["cu_seqlens"].dtype == torch.int32
-
-
-def test_sequences_may_start_with_the_token_between_documents(dataset: PreparedDataset) -> None:
-    windows = source(dataset, predict_first_token=True)
-    plain, end = source(dataset, separate_documents=False), dataset.metadata.end_of_document
-    for step in range(20):
-        batch, other = windows.batch(3 * step), plain.batch(3 * step)
-        assert torch.equal(batch["labels"], other["labels"])
-        starts = set(other["cu_seqlens"].tolist()) | set((batch["input_ids"][0] == end).nonzero()[:, 0].tolist())
-        assert batch["cu_seqlens"].tolist() == sorted(starts)
-        assert set((batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()) == starts - {3 * 32}
 
 
 def test_an_epoch_visits_every_window_once_and_the_next_in_another_order(dataset: PreparedDataset) -> None:
@@ -181,7 +170,6 @@ def test_a_position_of_another_run_is_refused(dataset: PreparedDataset, changed:
         ({"rank": 2, "world_size": 2}, ConfigError, "rank=2 is not accepted"),
         ({"rank": -1}, ConfigError, "rank=-1 is not accepted"),
         ({"sequence_length": 10**6}, DataError, "fewer than one window"),
-        ({"predict_first_token": True, "separate_documents": False}, ConfigError, "needs separate_documents"),
     ],
 )
 def test_bad_options_are_refused(

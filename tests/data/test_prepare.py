@@ -51,16 +51,6 @@ def test_directory_holds_exactly_the_dataset(dataset: PreparedDataset) -> None:
     assert [path.name for path in dataset.directory.parent.iterdir()] == [dataset.directory.name]
 
 
-def test_windows_predict_every_token_but_the_first_of_a_document_once(dataset: PreparedDataset) -> None:
-    for length in (1, 7, 64):
-        labels: dict[int, list[int]] = {}
-        for window in dataset.windows("valid", length):
-            assert 1 <= len(window.input_ids) == len(window.labels) <= length
-            labels.setdefault(window.document, []).extend(window.labels.tolist())
-        for document in dataset.documents("valid"):
-            assert labels[document.index] == document.tokens[1:].tolist()
-
-
 def test_result_does_not_depend_on_workers_and_shards(corpus_directory: Path, tmp_path: Path) -> None:
     options: list[dict[str, Any]] = [
         {"workers": 1},

@@ -10,7 +10,7 @@ Where things are, in the order in which data passes through them:
 ``indexed``         reader and writer of the ``.bin``/``.idx`` token files of GPT-NeoX
 ``index_maps``      the sample order of GPT-NeoX over such files
 ``prepare``         corpus + tokenizer -> a prepared dataset directory: parallel, restartable, atomic
-``dataset``         the prepared dataset: ``open_dataset(directory)``, documents and windows for evaluation
+``dataset``         the prepared dataset: ``open_dataset(directory)``, documents for evaluation
 ``permutation``     a seeded permutation of any length whose every entry costs O(1)
 ``loader``          the training source: packed batches, resumable at any batch, the same for any number of ranks
 ==================  ====================================================================================================

@@ -120,23 +120,6 @@ class TokenDocument:
     bytes: int
 
 
-@dataclass(frozen=True)
-class Window:
-    """A stretch of one document for evaluation: `labels[t]` is what position `t` has to predict.
-
-    Args:
-        document: number of the document in its split.
-        start: place of the first input token in the document.
-        input_ids: int64 `[T]`, T at most the window length.
-        labels: int64 `[T]`, the tokens one place further on.
-    """
-
-    document: int
-    start: int
-    input_ids: np.ndarray
-    labels: np.ndarray
-
-
 class Split:
     """One split of a prepared dataset.
 
@@ -167,23 +150,6 @@ class Split:
         """The documents in order, whole."""
         for index, (start, end) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):
             yield TokenDocument(index, self.data.tokens[start:end].astype(np.int64), int(self.bytes[index]))
-
-    def windows(self, length: int) -> Iterator[Window]:
-        """Non-overlapping windows of at most `length` positions, none across documents.
-
-        Every token of a document is the label of exactly one position, except its first, which nothing precedes. The
-        label of the last position of a document is its end-of-document token.
-
-        Args:
-            length: positions per window; the last window of a document may be shorter.
-        """
-        if length < 1:
-            raise DataError(f"window length {length} is not accepted; it has to be at least 1.")
-        for document in self.documents():
-            tokens = document.tokens
-            for start in range(0, len(tokens) - 1, length):
-                end = min(start + length, len(tokens) - 1)
-                yield Window(document.index, start, tokens[start:end], tokens[start + 1 : end + 1])
 
 
 class PreparedDataset:
@@ -224,10 +190,6 @@ class PreparedDataset:
     def documents(self, split: str) -> Iterator[TokenDocument]:
         """The documents of a split; see `Split.documents`."""
         return self.split(split).documents()
-
-    def windows(self, split: str, length: int) -> Iterator[Window]:
-        """Evaluation windows of a split; see `Split.windows`."""
-        return self.split(split).windows(length)
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer the dataset was made with."""

@@ -20,8 +20,6 @@ from farspan.data.dataset import PreparedDataset, Split
 from farspan.data.permutation import Permutation
 from farspan.errors import CheckpointError, ConfigError, DataError
 
-IGNORED = -100
-
 
 class PackedWindows(IterableDataset[dict[str, torch.Tensor]]):
     """An endless stream of packed batches from one split.
@@ -30,16 +28,14 @@ class PackedWindows(IterableDataset[dict[str, torch.Tensor]]):
 
     ================  ==============  ==================================================================================
     `input_ids`       int64 `[1, N]`  tokens
-    `labels`          int64 `[1, N]`  what each position has to predict (already shifted), or -100
+    `labels`          int64 `[1, N]`  what each position has to predict (already shifted)
     `position_ids`    int64 `[1, N]`  restarts at 0 where a sequence starts
     `cu_seqlens`      int32 `[n+1]`   where the sequences start, then N
     ================  ==============  ==================================================================================
 
-    A sequence starts at the start of each window and, with `separate_documents`, with each document. The token that
-    ends a document belongs to it. What follows is the start of an unrelated text, which nothing in memory should be
-    trained to know, so its label is -100; `Split.windows` leaves that transition out as well. With
-    `predict_first_token` that token starts the next sequence instead, with an empty memory, and its label stays: the
-    model learns how documents begin, so that a text can be generated, or scored in full, from that token alone.
+    A sequence starts at the start of each window and, with `separate_documents`, at each end-of-document token that is
+    read: the token that a document ends with starts the next one, from an empty memory. So no label is left out, no
+    memory crosses a document, and the model learns how documents begin, which is how they are scored and generated.
 
     The last ``(tokens - 1) mod sequence_length`` tokens do not fill a window; each epoch shifts its windows by a seeded
     number of tokens within that slack, so that all of the split is seen.
@@ -52,8 +48,6 @@ class PackedWindows(IterableDataset[dict[str, torch.Tensor]]):
         rank: number of this process among those that share the work.
         world_size: number of those processes.
         separate_documents: whether sequences end where documents end.
-        predict_first_token: whether a sequence starts with the end-of-document token before its document; needs
-            `separate_documents`.
 
     Raises:
         ConfigError: for sizes or ranks that make no sense.
@@ -70,7 +64,6 @@ class PackedWindows(IterableDataset[dict[str, torch.Tensor]]):
         rank: int = 0,
         world_size: int = 1,
         separate_documents: bool = True,
-        predict_first_token: bool = False,
     ) -> None:
         for name, value in (("sequence_length", sequence_length), ("batch_size", batch_size)):
             if value < 1:
@@ -83,10 +76,7 @@ class PackedWindows(IterableDataset[dict[str, torch.Tensor]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        if predict_first_token and not separate_documents:
-            raise ConfigError("predict_first_token=True needs separate_documents=True: otherwise no label is left out.")
         self.separate_documents = separate_documents
-        self.predict_first_token = predict_first_token
         labels = len(split.data.tokens) - 1
         self.samples_per_epoch = labels // sequence_length
         self._slack = labels % sequence_length
@@ -134,24 +124,18 @@ class PackedWindows(IterableDataset[dict[str, torch.Tensor]]):
         samples = range(first + self.rank, first + self.batch_size * self.world_size, self.world_size)
         starts = [self.window_start(sample) for sample in samples]
         tokens = np.stack([self.split.data.tokens[start : start + length + 1] for start in starts]).astype(np.int64)
-        labels = tokens[:, 1:].copy()
         restarts = [np.arange(len(starts)) * length]
         if self.separate_documents:
-            boundaries = self.split.starts
+            ends = self.split.starts[1:] - 1
             for row, start in enumerate(starts):
-                low, high = np.searchsorted(boundaries, (start + 1, start + length + 1))
-                inside = boundaries[low:high] - start
-                if self.predict_first_token:
-                    inside = inside - 1
-                else:
-                    labels[row, inside - 1] = IGNORED
-                restarts.append(inside[inside < length] + row * length)
+                low, high = np.searchsorted(ends, (start, start + length))
+                restarts.append(ends[low:high] - start + row * length)
         positions = len(starts) * length
         cu_seqlens = np.append(np.unique(np.concatenate(restarts)), positions)
         position_ids = np.arange(positions) - np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens))
         return {
             "input_ids": torch.from_numpy(tokens[:, :-1].reshape(1, -1)),
-            "labels": torch.from_numpy(labels.reshape(1, -1)),
+            "labels": torch.from_numpy(tokens[:, 1:].reshape(1, -1)),
             "position_ids": torch.from_numpy(position_ids[None]),
             "cu_seqlens": torch.from_numpy(cu_seqlens.astype(np.int32)),
         }
@@ -176,7 +160,6 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     separate_documents: bool = True,
-    predict_first_token: bool = False,
     num_workers: int = 0,
 ) -> StatefulDataLoader:
     """An endless loader over a split; ``state_dict`` and ``load_state_dict`` give the exact next batch.
@@ -190,7 +173,6 @@ def make_loader(
         rank: number of this process among those that share the work.
         world_size: number of those processes; a saved position can be resumed with another number.
         separate_documents: whether sequences end where documents end; see `PackedWindows`.
-        predict_first_token: whether sequences start with an end-of-document token; see `PackedWindows`.
         num_workers: processes that read ahead. Reading is a memory map, so 0 is rarely the bottleneck. A saved
             position is resumed with the same number.
     """
@@ -202,7 +184,6 @@ def make_loader(
         rank=rank,
         world_size=world_size,
         separate_documents=separate_documents,
-        predict_first_token=predict_first_token,
     )
     with warnings.catch_warnings():
         # torchdata 0.11 calls a function that torch 2.13 declares deprecated.

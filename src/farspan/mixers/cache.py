@@ -56,8 +56,14 @@ class StateCache(LayerCache):
         return self.tensors.get(name)
 
     def update(self, **states: Tensor | None) -> None:
-        """Replaces the named states (detached: a cache is for inference)."""
-        self.tensors.update({name: x.detach() for name, x in states.items() if x is not None})
+        """Replaces the named states (detached: a cache is for inference).
+
+        A state that is a view of a larger tensor is copied, so that the cache never holds a whole prompt alive.
+        """
+        for name, x in states.items():
+            if x is not None:
+                view = x.untyped_storage().nbytes() != x.numel() * x.element_size()
+                self.tensors[name] = x.detach().clone() if view else x.detach()
 
 
 class KeyValueCache(LayerCache):
@@ -119,7 +125,7 @@ class KeyValueCache(LayerCache):
         """The buffer `name` with `x` written behind the first `self.length` entries, grown if needed."""
         buffer, end = self.tensors.get(name), self.length + x.shape[1]
         if buffer is None:
-            return x.contiguous() if end == x.shape[1] else x
+            return x.contiguous()
         if buffer.shape[1] < end:
             grown = buffer.new_empty((buffer.shape[0], end + end // 2, *buffer.shape[2:]))
             grown[:, : self.length] = buffer[:, : self.length]

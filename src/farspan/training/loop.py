@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from farspan.data.dataset import PreparedDataset
-from farspan.data.loader import IGNORED, make_loader
+from farspan.data.loader import make_loader
 from farspan.errors import CheckpointError
 from farspan.evaluation.environment import processor, versions
 from farspan.evaluation.loading import read_run
 from farspan.evaluation.perplexity import bits_per_byte
+from farspan.nn.losses import IGNORE_INDEX
 from farspan.training.checkpoint import Checkpointer, Progress, restore_rng
 from farspan.training.guard import check_finite
 from farspan.training.interrupt import StopRequest
@@ -81,7 +82,8 @@ def _run(recipe: Recipe, run: Run, parallel: Parallel, display: Display, command
 
     # Data and model.
     seed_everything(settings.seed)
-    dataset = open_data(recipe, run, read_run(run.directory).get("corpus", {}).get("fingerprint"))
+    earlier = read_run(run.directory) if run.checkpoint else {}
+    dataset = open_data(recipe, run, earlier.get("corpus", {}).get("fingerprint"))
     tokenizer = dataset.load_tokenizer()
     model: Any = parallel.shard(build_model(recipe.model, tokenizer, recipe.data.sequence_length))
     if settings.gradient_checkpointing:
@@ -126,6 +128,9 @@ def _run(recipe: Recipe, run: Run, parallel: Parallel, display: Display, command
         batches = iter(loader)
 
     about = _describe(recipe, run, dataset, model, device, precision, command)
+    changed = [name for name in ("versions", "device", "threads", "precision") if earlier.get(name, about[name]) != about[name]]
+    if changed:
+        display.message(f"note: other {', '.join(changed)} than before; digits may differ from an uninterrupted run")
     write_run(run.directory, about)
     log = MetricsLog(run.metrics, after_step=progress.step)
     board = TensorBoard(run.directory / "tensorboard" if recipe.logging.tensorboard else None, progress.step)
@@ -243,7 +248,7 @@ def optimizer_step(
         NonFiniteError: The loss or a gradient is NaN or infinite; nothing was changed.
     """
     device = parallel.device.type
-    labels = torch.stack([(batch["labels"] != IGNORED).sum() for batch in micro_batches]).sum()
+    labels = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches]).sum()
     labels = parallel.sum(labels).clamp(min=1)
     total = torch.zeros((), device=parallel.device)
     for batch in micro_batches:

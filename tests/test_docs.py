@@ -1,0 +1,53 @@
+"""Every example in the documentation runs: docstrings by doctest, pages by executing their Python blocks."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import farspan
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("docs/**/*.md"), ROOT / "README.md"])
+
+
+def _modules() -> list[str]:
+    found = pkgutil.walk_packages(farspan.__path__, "farspan.")
+    return [module.name for module in found if not module.name.endswith(".triton")]
+
+
+@pytest.mark.parametrize("name", _modules())
+def test_docstring_examples(name: str) -> None:
+    module = importlib.import_module(name)
+    failed, _ = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    assert not failed
+
+
+def test_there_are_docstring_examples() -> None:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    modules = [importlib.import_module(name) for name in _modules()]
+    assert sum(bool(test.examples) for module in modules for test in finder.find(module)) >= 5
+
+
+def _blocks(language: str) -> list[pytest.param]:
+    return [
+        pytest.param(block, id=f"{page.relative_to(ROOT)}:{number}")
+        for page in PAGES
+        for number, block in enumerate(re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.S | re.M))
+    ]
+
+
+@pytest.mark.parametrize("block", _blocks("python"))
+def test_python_blocks_of_the_pages(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "<documentation>", "exec"), {"__name__": "__example__"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_files_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
