@@ -93,6 +93,21 @@ def test_suffix_scores_the_same_tokens_after_longer_prefixes(model: torch.nn.Mod
         assert cell.nll == pytest.approx(expected, rel=TOLERANCE)
 
 
+def test_scaled_positions_plan_for_the_window_not_for_the_batch(texts: list[np.ndarray]) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+    model = tiny_model("softmax", rope_parameters=rope, max_position_embeddings=8)
+    for batch_tokens in (20, 8192):
+        cell = sliding_window(Scorer(model, batch_tokens), texts, 20, 20)
+        expected = 0.0
+        for text in texts:
+            for start in (0, 20, 40):
+                tokens = torch.from_numpy(text[start : start + 21])
+                with torch.no_grad():
+                    logits = model(input_ids=tokens[None, :-1], context_length=20).logits[0]
+                expected += float(torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum"))
+        assert cell.nll == pytest.approx(expected, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("window", [7, 25, 64])
 def test_carried_state_equals_one_pass(texts: list[np.ndarray], window: int) -> None:
     model = tiny_model("metala", "metala")

@@ -1,6 +1,7 @@
 """Tiny models and documents for the tests of evaluation."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,19 +20,12 @@ class Text:
     bytes: int
 
 
-def tiny_model(*mixers: str) -> FarspanForCausalLM:
+def tiny_model(*mixers: str, **config: Any) -> FarspanForCausalLM:
     """An untrained model with weights large enough that every position and every token of context matters."""
     torch.manual_seed(0)
-    config = FarspanConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=32,
-        num_attention_heads=2,
-        mixers=list(mixers),
-        initializer_range=0.3,
-        eos_token_id=EOD,
-    )
-    return FarspanForCausalLM(config).eval()
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    values = {"mixers": list(mixers), "initializer_range": 0.3, "eos_token_id": EOD, **sizes, **config}
+    return FarspanForCausalLM(FarspanConfig(**values)).eval()
 
 
 def texts(*sizes: int) -> list[Text]:

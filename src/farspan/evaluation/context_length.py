@@ -74,7 +74,7 @@ def sliding_window(score: Scorer, texts: Texts, length: int, stride: int) -> Cel
             for start, end, scored in window_spans(len(text) - 1, length, stride):
                 yield Stretch(text[start:end], text[start + 1 : end + 1], skip=scored - start)
 
-    return _cell(length, lambda: score(stretches()))
+    return _cell(length, lambda: score(stretches(), length))
 
 
 def window_spans(total: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -91,7 +91,7 @@ def by_position(score: Scorer, texts: Texts) -> list[Cell]:
     """The cells of the position protocol, ranges that double from 16 tokens on."""
     edges = position_edges(len(texts[0]) - 1)
     costs: list[np.ndarray] = []
-    whole = _cell(edges[-1], lambda: _keep(score(Stretch(text[:-1], text[1:]) for text in texts), costs))
+    whole = _cell(edges[-1], lambda: _keep(score((Stretch(text[:-1], text[1:]) for text in texts), edges[-1]), costs))
     if whole.status == OUT_OF_MEMORY:
         return [whole]
     by_text = np.stack(costs).astype(np.float64)
@@ -110,7 +110,7 @@ def position_edges(length: int) -> list[int]:
 def fixed_suffix(score: Scorer, texts: Texts, length: int, suffix: int) -> Cell:
     """The cost of the last `suffix` tokens of every text when they and what precedes them are `length` tokens."""
     stretches = (Stretch(text[-length - 1 : -1], text[-length:], skip=length - suffix) for text in texts)
-    return _cell(length, lambda: score(stretches))
+    return _cell(length, lambda: score(stretches, length))
 
 
 def carried_state(score: Scorer, texts: Texts, window: int) -> Cell:
@@ -123,12 +123,11 @@ def _read_on(score: Scorer, texts: Texts, window: int) -> Iterator[np.ndarray]:
     rows = max(1, score.batch_tokens // window)
     for first in range(0, len(texts), rows):
         batch = torch.from_numpy(np.stack(texts[first : first + rows])).to(score.model.device)
-        memory = None
+        memory = score.model.new_cache(length)
         for start in range(0, length, window):
             end = min(start + window, length)
             with evaluating(score.model), score.autocast():
                 out = score.model.model(input_ids=batch[:, start:end], past_key_values=memory, use_cache=True)
-            memory = out.past_key_values
             yield score.head(out.last_hidden_state, batch[:, start + 1 : end + 1])
             score.advance(len(batch) * (end - start))
 

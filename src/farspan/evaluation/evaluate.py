@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 FOLDER = "evaluation"
 RESULTS = "evaluation.json"
 Stage = Callable[[str, int], Callable[[int], None]]
-"""Called with the name of a stage and the tokens it will read; returns what to call as they are read."""
+"""Called with the name of a stage and its size (the tokens it will read); returns what to call as it goes on."""
 
 
 @dataclass(frozen=True)
@@ -189,13 +189,18 @@ def evaluate(
         advance=stage("bits per byte", reading),
     )
     context = measure(Scorer(model, batch_tokens, dtype, stage("context length", plan.tokens)), plan)
+    compared: list[Baseline] = []
+    if with_baselines:
+        advance = stage("baselines", 1)
+        compared = baselines(dataset, split)
+        advance(1)
     return Evaluation(
         command=command,
         versions=versions(),
         model=_about_model(directory, model, trained),
         data=_about_data(dataset, split),
         bits=bits,
-        baselines=baselines(dataset, split) if with_baselines else [],
+        baselines=compared,
         context=context,
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
         dtype=str(dtype or torch.float32).removeprefix("torch."),

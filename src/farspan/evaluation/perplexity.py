@@ -101,7 +101,7 @@ def bits_per_byte(
     chosen = spread(total, max_windows)
     pieces = list(_windows(texts, sizes, chosen, window, end_of_document))
     score = Scorer(model, batch_tokens, dtype, advance)
-    nll = sum(float(costs.sum(dtype=np.float64)) for costs in score(stretch for stretch, _ in pieces))
+    nll = sum(float(costs.sum(dtype=np.float64)) for costs in score((stretch for stretch, _ in pieces), window))
     size = math.fsum(size for _, size in pieces) if len(chosen) < total else sum(text.bytes for text in texts)
     return BitsPerByte(nll, sum(len(stretch.labels) for stretch, _ in pieces), size, len(chosen), total, window)
 

@@ -68,13 +68,18 @@ class Scorer:
     dtype: torch.dtype | None = None
     advance: Callable[[int], None] = ignore_progress
 
-    def __call__(self, stretches: Iterable[Stretch]) -> Iterator[np.ndarray]:
-        """Yields the NLL of each stretch's scored positions in nats, float32 `[T - skip]`, in order."""
+    def __call__(self, stretches: Iterable[Stretch], context_length: int) -> Iterator[np.ndarray]:
+        """Yields the NLL of each stretch's scored positions in nats, float32 `[T - skip]`, in order.
+
+        Args:
+            stretches: what to score.
+            context_length: the length that scaled positions plan for: that of a whole window, whatever a batch holds.
+        """
         for batch in _batches(stretches, self.batch_tokens):
-            yield from self._score(batch)
+            yield from self._score(batch, context_length)
             self.advance(sum(len(stretch.inputs) for stretch in batch))
 
-    def _score(self, batch: list[Stretch]) -> list[np.ndarray]:
+    def _score(self, batch: list[Stretch], context_length: int) -> list[np.ndarray]:
         device = self.model.device
         lengths = np.array([len(stretch.inputs) for stretch in batch])
         starts = np.concatenate(([0], np.cumsum(lengths)))
@@ -86,6 +91,7 @@ class Scorer:
                 input_ids=torch.from_numpy(np.concatenate([stretch.inputs for stretch in batch])[None]).to(device),
                 position_ids=torch.from_numpy(positions[None]).to(device),
                 cu_seqlens=torch.from_numpy(starts.astype(np.int32)).to(device),
+                context_length=context_length,
                 use_cache=False,
             ).last_hidden_state[0]
         nll = self.head(hidden[torch.from_numpy(scored).to(device)], torch.from_numpy(labels).to(device))
