@@ -154,6 +154,7 @@ CASES = {
     "prompt that is not UTF-8": Case(
         f"generate {RUN} --prompt-file WORK/prompt", "not UTF-8 text", write("prompt", b"a\xff")
     ),
+    "argument that is not UTF-8": Case(f"generate {RUN} a\udcff", "from the argument is not UTF-8 text"),
     "negative temperature": Case(f"generate {RUN} --temperature -1", "temperature=-1"),
     "top-p out of range": Case(f"generate {RUN} --top-p 1.5", "top_p=1.5"),
     "no samples": Case(f"generate {RUN} --num-samples 0", "num_samples=0"),

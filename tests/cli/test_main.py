@@ -122,6 +122,11 @@ def test_as_a_program(tmp_path: Path) -> None:
     assert set(json.loads(done.stdout)) >= {"versions", "cpu", "operators", "mixers"}
 
 
+def test_output_in_another_encoding(tmp_path: Path) -> None:
+    done = run_program("info", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_closed_pipe_is_no_error() -> None:
     script = f"{sys.executable} -m farspan.cli.main info --json | head -c 1"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,12 @@ def progress() -> Iterator[Progress]:
     )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as display:
         yield display
+
+
+def tolerate_encoding() -> None:
+    """Lets stdout replace what its encoding lacks, instead of failing on a table or a text from a model."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def silence_broken_pipe() -> None:

@@ -26,7 +26,7 @@ _DESCRIPTION = """Continue a prompt with a trained model. The text goes to stdou
 class _Command:
     directory: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """A model directory, such as a run of farspan train."""
-    prompt: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="PROMPT")] = None
+    prompt: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[PROMPT]")] = ""
     """The text to continue; - reads it from stdin. Without one a new document is started."""
     prompt_file: str | None = None
     """A UTF-8 file with the prompt; - is stdin."""
@@ -125,27 +125,27 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def read_prompt(prompt: str | None, file: str | None) -> str:
+def read_prompt(prompt: str, file: str | None) -> str:
     """The prompt from the argument, a file, or stdin (`-` for either); "" when neither is given.
 
     Raises:
         ConfigError: when both are given.
-        DataError: when the file does not exist or is not UTF-8 text.
+        DataError: when the file does not exist or the prompt is not UTF-8 text.
     """
-    if prompt is not None and file is not None:
+    if prompt and file is not None:
         raise ConfigError("a prompt and --prompt-file were given; give one of them.")
     if "-" in (prompt, file):
         name, read = "stdin", sys.stdin.buffer.read
     elif file is not None:
         name, read = file, Path(file).read_bytes
     else:
-        return prompt or ""
+        name, read = "the argument", lambda: prompt.encode("utf-8", "surrogateescape")
     try:
         return read().decode("utf-8")
     except FileNotFoundError:
         raise DataError(f"prompt file {name} does not exist.") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"the prompt in {name} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+        raise DataError(f"the prompt from {name} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
 
 
 def save_samples(path: Path, samples: "list[Sample]", sampling: "Sampling") -> None:

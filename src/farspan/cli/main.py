@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when done, 2 for a mistake that the user can mend, 130 when interrupted, otherwise the command's own code.
     """
     arguments, debug = _split_debug(list(sys.argv[1:] if argv is None else argv))
+    _output.tolerate_encoding()
     try:
         return _dispatch(arguments)
     except FarspanError as error:

@@ -24,10 +24,11 @@ def plot_context_lengths(evaluation: "Evaluation") -> dict[str, bytes]:
     _curve(left, context.suffix, [cell.length for cell in context.suffix], f"last {context.suffix_tokens} tokens")
     if context.carried is not None and math.isfinite(context.carried.perplexity):
         left.axhline(context.carried.perplexity, color="tab:green", linestyle=":", label="state carried over windows")
-    _curve(right, context.position, [cell.length for cell in context.position], "mean of the positions up to here")
+    _curve(right, context.position, [cell.length for cell in context.position], "mean since the mark before")
     for axes, what in ((left, "context length (tokens)"), (right, "position in the text (tokens)")):
         axes.axvline(context.trained_length, color="gray", linestyle="--", linewidth=1, label="trained length")
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel(what)
         axes.set_ylabel("perplexity per token")
         axes.grid(alpha=0.3)
