@@ -50,8 +50,9 @@ def step(model: Any, micro_batches: list[dict[str, Tensor]], **values: Any) -> t
 def test_accumulation_equals_one_large_batch(dataset_directory: Path) -> None:
     (large,) = batches(dataset_directory, 1, batch_size=4)
     small = batches(dataset_directory, 4, batch_size=1)
-    small[0]["labels"][:, :9] = -100  # micro-batches with unequal numbers of labels must not count equally
-    large["labels"][:, :9] = -100
+    for batch in (small[0], large):  # micro-batches with unequal numbers of labels must not count equally
+        batch["labels"] = batch["labels"].clone()  # (the loader's tensors may share memory)
+        batch["labels"][:, :9] = -100
     models = tiny_model(), tiny_model()
     results = step(models[0], [large]), step(models[1], small)
     assert results[0] == pytest.approx(results[1], rel=1e-5)
@@ -203,7 +204,7 @@ def test_training_goes_on_from_a_model_directory(tiny: Tiny) -> None:
     with pytest.raises(ConfigError, match=r"another model than the recipe describes: hidden_size \(32, there 16\)"):
         train(other)
     missing = tiny("fourth", model={**weights, "from_pretrained": "nowhere"})
-    with pytest.raises((CheckpointError, ConfigError, DataError), match="nowhere"):
+    with pytest.raises(CheckpointError, match="model directory nowhere does not exist"):
         train(missing)
 
 
@@ -226,9 +227,28 @@ def test_another_corpus_in_the_same_place_is_refused(tiny: Tiny) -> None:
         train(recipe)
 
 
-def test_configuration_errors_name_the_section(tiny: Tiny) -> None:
+def test_a_model_that_cannot_be_built_is_refused_before_the_data_is_prepared(tiny: Tiny) -> None:
+    recipe = tiny(model={"num_attention_heads": 3}, data={"directory": None})
     with pytest.raises(ConfigError, match=r"model: .*num_attention_heads"):
-        train(tiny(model={"num_attention_heads": 3}))
+        train(recipe)
+    assert not (recipe.run_dir / "data").exists()
+
+
+def test_a_corpus_without_a_valid_split_is_refused_before_training(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("0123456789" * 100)
+    recipe = tiny(data={"corpus": str(tmp_path / "one.txt"), "directory": None, "valid_fraction": 0.0})
+    with pytest.raises(DataError, match=r"valid split .* is empty"):
+        train(recipe)
+    assert not (recipe.run_dir / "metrics.jsonl").exists()
+
+
+def test_resuming_on_another_machine_is_noted(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny(logging={"progress": "plain"})
+    train(recipe)
+    about = json.loads((recipe.run_dir / "run.json").read_text())
+    (recipe.run_dir / "run.json").write_text(json.dumps({**about, "finished": False, "threads": 64}))
+    train(recipe)
+    assert "note: other threads than before; digits may differ" in capsys.readouterr().out
 
 
 def test_several_processes_are_refused_until_they_work(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ def test_shipped_recipes_build_a_model(name: str) -> None:
 
     recipe = load_recipe(find_recipe(name)).validate()
     with torch.device("meta"):
-        model = build_model(recipe.model, Tokenizer(), recipe.data.sequence_length)
+        model = build_model(recipe, Tokenizer())
     assert recipe.name == name
     assert sum(parameter.numel() for parameter in model.parameters()) < 10_000_000
     assert model.flops_per_token(recipe.data.sequence_length) > 0

@@ -271,8 +271,8 @@ def test_a_second_signal_ends_the_run_at_once(tiny: Tiny) -> None:
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.0005)
-    # Between the two the step may have ended and the run with it; it must never hang.
-    assert process.wait(timeout=30) in (-signal.SIGINT, 0)
+    # The second one may come while a step is taken (killed), while the run is saved (130) or after it (0).
+    assert process.wait(timeout=30) in (-signal.SIGINT, 130, 0)
 
 
 def start(recipe: Recipe) -> "subprocess.Popen[bytes]":

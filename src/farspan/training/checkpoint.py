@@ -184,13 +184,22 @@ class Checkpointer:
         """Clears the failed attempt away and says what is left."""
         shutil.rmtree(partial, ignore_errors=True)
         cause, earlier = _cause(error), latest_checkpoint(self.directory)
-        full = isinstance(cause, OSError) and cause.errno == errno.ENOSPC
-        reason = f"no space left on the disk of {str(self.directory)!r}" if full else f"{type(cause).__name__}: {cause}"
-        kept = (
-            f"{earlier.name} is intact; the next run resumes from it" if earlier else "there is no earlier checkpoint"
-        )
         step = partial.name.removesuffix(".partial").removeprefix("step_").lstrip("0")
-        return CheckpointError(f"the checkpoint of step {step} was not written: {reason}. {kept}.")
+        reason = f"{type(cause).__name__}: {cause}"
+        if is_disk_full(cause):
+            reason = f"no space left on the disk of {str(self.directory)!r}"
+        kept = "there is no earlier one"
+        if earlier:
+            kept = f"{earlier.name} is intact: free some space and run the same command again to resume from it"
+        return CheckpointError(f"the checkpoint of step {step} was not written: {reason}; {kept}.")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether writing failed for want of space, as the system, torch or safetensors say it."""
+    # torch's zip writer learns of a short write without its reason, and calls it an unexpected position.
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        words in str(error) for words in ("No space left on device", "StorageFull", "unexpected pos")
+    )
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -9,13 +9,13 @@ and optimiser are float32; with bf16 the matrix products run under autocast.
 """
 
 import contextlib
-import errno
 import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from farspan.data.dataset import PreparedDataset
@@ -25,7 +25,7 @@ from farspan.evaluation.environment import processor, versions
 from farspan.evaluation.loading import read_run
 from farspan.evaluation.perplexity import bits_per_byte
 from farspan.nn.losses import IGNORE_INDEX
-from farspan.training.checkpoint import Checkpointer, Progress, restore_rng
+from farspan.training.checkpoint import Checkpointer, Progress, is_disk_full, restore_rng
 from farspan.training.guard import check_finite
 from farspan.training.interrupt import StopRequest
 from farspan.training.logs import Display, MetricsLog, TensorBoard, duration, peak_flops, quantity
@@ -34,7 +34,14 @@ from farspan.training.parallel import Parallel
 from farspan.training.recipe import Recipe, TrainRecipe
 from farspan.training.report import write_report
 from farspan.training.run import Resume, Run, export_model, open_run, write_run
-from farspan.training.setup import build_model, choose_precision, open_data, recompute_activations, seed_everything
+from farspan.training.setup import (
+    build_model,
+    check_model,
+    choose_precision,
+    open_data,
+    recompute_activations,
+    seed_everything,
+)
 
 
 def train(recipe: Recipe, *, resume: Resume = "auto", command: str = "") -> Path:
@@ -64,12 +71,12 @@ def train(recipe: Recipe, *, resume: Resume = "auto", command: str = "") -> Path
             display.message(run.note)
             if not run.finished:
                 _run(recipe, run, parallel, display, command)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, SafetensorError) as error:
+        if not is_disk_full(error):
             raise
         raise CheckpointError(
-            f"no space left on the disk of {str(error.filename or recipe.run_dir)!r}. Complete checkpoints in "
-            f"{str(recipe.run_dir)!r} are intact: free some space and run the same command again to resume."
+            f"no space left on the disk of {str(recipe.run_dir)!r}. Complete checkpoints are intact: free some space "
+            "and run the same command again to resume."
         ) from error
     finally:
         parallel.close()
@@ -82,10 +89,11 @@ def _run(recipe: Recipe, run: Run, parallel: Parallel, display: Display, command
 
     # Data and model.
     seed_everything(settings.seed)
+    check_model(recipe)
     earlier = read_run(run.directory) if run.checkpoint else {}
     dataset = open_data(recipe, run, earlier.get("corpus", {}).get("fingerprint"))
     tokenizer = dataset.load_tokenizer()
-    model: Any = parallel.shard(build_model(recipe.model, tokenizer, recipe.data.sequence_length))
+    model: Any = parallel.shard(build_model(recipe, tokenizer))
     if settings.gradient_checkpointing:
         recompute_activations(model)
     if settings.torch_compile:
@@ -128,7 +136,9 @@ def _run(recipe: Recipe, run: Run, parallel: Parallel, display: Display, command
         batches = iter(loader)
 
     about = _describe(recipe, run, dataset, model, device, precision, command)
-    changed = [name for name in ("versions", "device", "threads", "precision") if earlier.get(name, about[name]) != about[name]]
+    changed = [
+        name for name in ("versions", "device", "threads", "precision") if earlier.get(name, about[name]) != about[name]
+    ]
     if changed:
         display.message(f"note: other {', '.join(changed)} than before; digits may differ from an uninterrupted run")
     write_run(run.directory, about)

@@ -9,10 +9,10 @@ import torch
 
 from farspan.data.dataset import PreparedDataset, open_dataset
 from farspan.data.prepare import prepare
-from farspan.data.tokenizers import load_tokenizer, tokenizer_hash
+from farspan.data.tokenizers import SMALLEST_VOCABULARY, load_tokenizer, tokenizer_hash
 from farspan.errors import CheckpointError, ConfigError
 from farspan.evaluation.environment import processor
-from farspan.evaluation.loading import load_model
+from farspan.evaluation.loading import check_model_directory, load_model
 from farspan.training.recipe import ModelRecipe, Recipe
 from farspan.training.run import Run
 
@@ -55,7 +55,7 @@ def open_data(recipe: Recipe, run: Run, fingerprint: str | None) -> PreparedData
         fingerprint: Fingerprint of the corpus that this run began with, if it resumes.
 
     Raises:
-        DataError: The corpus or the dataset is missing or damaged.
+        DataError: The corpus or the dataset is missing, damaged, or without text to train or to evaluate on.
         ConfigError: The tokenizer of the dataset is not that of `model.from_pretrained`.
         CheckpointError: The directory now holds another corpus than the run began with.
     """
@@ -81,16 +81,29 @@ def open_data(recipe: Recipe, run: Run, fingerprint: str | None) -> PreparedData
             f"{str(directory)!r} holds another corpus (fingerprint {dataset.metadata.fingerprint[:12]}) than this run "
             f"began with ({fingerprint[:12]}); bring the old one back or start a new run with another output_dir."
         )
+    dataset.split("valid")  # raises if it is empty: better now than at the first evaluation
     return dataset
 
 
-def build_model(recipe: ModelRecipe, tokenizer: Any, sequence_length: int) -> Any:
+def check_model(recipe: Recipe) -> None:
+    """Refuses a model that cannot be built, before any time goes into the data.
+
+    Raises:
+        ConfigError: A value the configuration does not accept.
+        CheckpointError: `from_pretrained` is not a model directory.
+    """
+    if recipe.model.from_pretrained:
+        check_model_directory(recipe.model.from_pretrained)
+    else:
+        _configure(recipe, vocab_size=SMALLEST_VOCABULARY)
+
+
+def build_model(recipe: Recipe, tokenizer: Any) -> Any:
     """The model of a recipe, in float32, on the CPU.
 
     Args:
         recipe: What to build.
         tokenizer: Gives the vocabulary size and the special tokens of a new model.
-        sequence_length: The trained length, default of `max_position_embeddings`.
 
     Returns:
         A `FarspanForCausalLM` in training mode.
@@ -99,31 +112,33 @@ def build_model(recipe: ModelRecipe, tokenizer: Any, sequence_length: int) -> An
         ConfigError: A value the configuration does not accept, or one that contradicts the model to continue from.
         CheckpointError: `from_pretrained` holds no readable model.
     """
-    from farspan.models import FarspanConfig, FarspanForCausalLM
+    from farspan.models import FarspanForCausalLM
 
-    if recipe.from_pretrained:
-        return _load_model(recipe.from_pretrained, recipe, tokenizer)
-    values: dict[str, Any] = {"max_position_embeddings": sequence_length}
-    if recipe.preset:
-        values |= _preset(recipe.preset)
-    values |= recipe.config_values()
-    values |= {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    if recipe.model.from_pretrained:
+        return _load_model(recipe.model.from_pretrained, recipe.model, tokenizer)
+    config = _configure(
+        recipe,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return FarspanForCausalLM(config).train()
+
+
+def _configure(recipe: Recipe, **tokenizer_values: Any) -> Any:
+    """The configuration of a new model: the preset's values, over them the recipe's, over them the tokenizer's."""
+    from farspan.models import FarspanConfig
+
+    values: dict[str, Any] = {"max_position_embeddings": recipe.data.sequence_length}
+    if recipe.model.preset:
+        from farspan.models import presets
+
+        values |= presets.get(recipe.model.preset).to_dict()
     try:
-        return FarspanForCausalLM(FarspanConfig(**values)).train()
+        return FarspanConfig(**{**values, **recipe.model.config_values(), **tokenizer_values})
     except ConfigError as error:
         raise ConfigError(f"model: {error}") from error
-
-
-def _preset(name: str) -> dict[str, Any]:
-    """Configuration values of a preset."""
-    from farspan.models import presets
-
-    return presets.get(name).to_dict()
 
 
 def _load_model(directory: str, recipe: ModelRecipe, tokenizer: Any) -> Any:
