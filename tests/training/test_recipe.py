@@ -11,7 +11,7 @@ import yaml
 from farspan.cli.train import find_recipe, run, shipped_recipes
 from farspan.errors import ConfigError
 from farspan.training.recipe import ModelRecipe, Recipe, load_recipe
-from farspan.training.setup import build_model
+from farspan.training.setup import build_model, check_model
 
 
 def write(folder: Path, text: str) -> Path:
@@ -107,6 +107,24 @@ def test_shipped_recipes_build_a_model(name: str) -> None:
     assert recipe.name == name
     assert sum(parameter.numel() for parameter in model.parameters()) < 10_000_000
     assert model.flops_per_token(recipe.data.sequence_length) > 0
+
+
+def test_a_preset_is_a_start_and_the_recipe_wins() -> None:
+    class Tokenizer:
+        bos_token_id, eos_token_id, pad_token_id = None, 0, 1
+
+        def __len__(self) -> int:
+            return 300
+
+    recipe = Recipe(model=ModelRecipe(preset="hybrid-3m", hidden_size=96))
+    recipe.data.sequence_length = 128
+    with torch.device("meta"):
+        config = build_model(recipe, Tokenizer()).config
+    assert config.mixers == ["metala", "metala", "softmax"] * 2
+    assert (config.hidden_size, config.vocab_size, config.max_position_embeddings) == (96, 300, 128)
+    recipe.model.preset = "hybrid-4m"
+    with pytest.raises(ConfigError, match=r"model: Unknown preset 'hybrid-4m': did you mean 'hybrid-3m'"):
+        check_model(recipe)
 
 
 def test_the_command_line_overrides_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

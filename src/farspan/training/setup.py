@@ -128,14 +128,11 @@ def build_model(recipe: Recipe, tokenizer: Any) -> Any:
 
 def _configure(recipe: Recipe, **tokenizer_values: Any) -> Any:
     """The configuration of a new model: the preset's values, over them the recipe's, over them the tokenizer's."""
-    from farspan.models import FarspanConfig
+    from farspan.models import FarspanConfig, presets
 
-    values: dict[str, Any] = {"max_position_embeddings": recipe.data.sequence_length}
-    if recipe.model.preset:
-        from farspan.models import presets
-
-        values |= presets.get(recipe.model.preset).to_dict()
     try:
+        values = presets.get(recipe.model.preset).to_dict() if recipe.model.preset else {}
+        values |= {"max_position_embeddings": recipe.data.sequence_length}  # whatever length a preset is published for
         return FarspanConfig(**{**values, **recipe.model.config_values(), **tokenizer_values})
     except ConfigError as error:
         raise ConfigError(f"model: {error}") from error
