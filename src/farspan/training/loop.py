@@ -148,7 +148,6 @@ def _run(recipe: Recipe, run: Run, parallel: Parallel, display: Display, command
         f"{quantity(about['parameters'])} parameters, {quantity(dataset.metadata.splits['train'].tokens)} training "
         f"tokens, {total} steps of {tokens_per_step} tokens, {about['precision']} on {about['device']}"
     )
-    display.start(total, progress.step)
 
     def evaluate(kind: str, max_windows: int | None) -> float:
         found = bits_per_byte(
@@ -170,6 +169,7 @@ def _run(recipe: Recipe, run: Run, parallel: Parallel, display: Display, command
         for part in (checkpointer, display, board, log):  # closed in reverse order, also on errors
             closing.callback(part.close)
 
+        display.start(total, progress.step)
         with StopRequest() as stop:
             while progress.step < total and stop.name is None:
                 started = time.perf_counter()
@@ -209,10 +209,13 @@ def _run(recipe: Recipe, run: Run, parallel: Parallel, display: Display, command
                     checkpointer.save(progress, model, optimizer, loader)
                 checkpointer.poll()
 
+        display.close()
+
         # The last step is always saved, so that a crash from here on costs no training.
         checkpointer.save(progress, model, optimizer, loader)
         about |= {"step": progress.step, "tokens": progress.tokens, "seconds": round(progress.seconds, 1)}
         if stop.name is None:
+            display.message("evaluating on the whole valid split")
             about["bits_per_byte"] = evaluate("final", None)
         checkpointer.wait()
         export_model(run.directory, model, tokenizer)
