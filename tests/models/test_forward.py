@@ -100,6 +100,16 @@ def test_gradient_checkpointing_changes_nothing(mix: str) -> None:
         torch.testing.assert_close(recomputed, plain)
 
 
+def test_dynamic_rope_plans_for_the_longest_document_not_for_the_packed_row() -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0}
+    model, ids = tiny("softmax", max_position_embeddings=12, rope_parameters=rope), _ids(1, 24)
+    bounds = torch.tensor([0, 12, 24], dtype=torch.int32)
+    with torch.no_grad():
+        packed = model(ids, cu_seqlens=bounds).logits
+        separate = torch.cat([model(half).logits for half in ids.split(12, dim=1)], dim=1)
+    torch.testing.assert_close(packed, separate, atol=1e-5, rtol=1e-4)
+
+
 def test_embeddings_hidden_states_and_kept_logits(mix: str) -> None:
     model, ids = tiny(mix), _ids(2, 9)
     with torch.no_grad():

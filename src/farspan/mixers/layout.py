@@ -18,13 +18,14 @@ class SequenceLayout:
         positions: `[B, T]` int64, position of each token in its document.
         padding_mask: `[B, T]` bool, True for real tokens; None when every token is real.
         cu_seqlens: `[num_seqs + 1]` int32 document boundaries when documents are packed in one row (B = 1); else None.
-        context_length: number of positions that a length-dependent position scaling plans for.
+        context_length: number of positions that a length-dependent position scaling plans for; None is the largest
+            position here, plus 1.
     """
 
     positions: Tensor
     padding_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
-    context_length: int = 0
+    context_length: int | None = None
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def once(self, key: Hashable, compute: Callable[[], Value]) -> Value:
@@ -32,6 +33,10 @@ class SequenceLayout:
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]
+
+    def planned_length(self) -> int:
+        """`context_length`, or what these tokens need. Reads a value from the device: ask only where it matters."""
+        return self.context_length or self.once("planned length", lambda: int(self.positions.max()) + 1)
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, T, …]` with padding → `[1, N, …]` of the real tokens, row after row; unchanged without padding.

@@ -108,8 +108,9 @@ class SoftmaxMixer(Mixer):
 
     def _rotary(self, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
         def compute() -> tuple[Tensor, Tensor]:
+            length = layout.planned_length() if self.rope_parameters.get("rope_type") == "dynamic" else 0
             frequencies, scaling = rope_frequencies(
-                self.rotary_dim, self.rope_parameters, self.max_position_embeddings, layout.context_length
+                self.rotary_dim, self.rope_parameters, self.max_position_embeddings, length
             )
             return rotary_table(layout.positions, frequencies, scaling)
 

@@ -206,7 +206,7 @@ class FarspanModel(FarspanPreTrainedModel):
         if cache is not None:
             cache.context_length = cache.context_length or context_length or seen + length
             context_length = cache.context_length
-        return SequenceLayout(positions, mask, cu_seqlens, context_length or length)
+        return SequenceLayout(positions, mask, cu_seqlens, context_length)
 
 
 class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
@@ -268,7 +268,8 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
             shift_labels: `[B, T]`, already aligned: position t is scored against `shift_labels[t]`; instead of
                 `labels`, and the one to use with packed documents. −100 is ignored in both.
             cu_seqlens: `[num_seqs + 1]` int32 boundaries of documents packed in one row.
-            context_length: the length that scaled positions plan for; None takes the cache's, or this call's length.
+            context_length: the length that scaled positions plan for; None takes the cache's (which keeps that of its
+                first call), or this call's largest position + 1.
             use_cache: whether to return a cache (never in training mode unless one is passed).
             output_hidden_states: whether to return the input of each layer and the final state.
             output_attentions: True is refused: there are no attention weights to return.
