@@ -42,7 +42,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, length: int, *, name: str = "cu_seqlens
 
 def boundaries(cu_seqlens: Tensor) -> list[int]:
     """The boundaries as Python integers, read from the device once per tensor."""
-    return _once(cu_seqlens, "boundaries", lambda: [int(value) for value in cu_seqlens.tolist()])
+    return remember(cu_seqlens, "boundaries", lambda: [int(value) for value in cu_seqlens.tolist()])
 
 
 def spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
@@ -141,7 +141,7 @@ def chunk_indices(cu_seqlens: Tensor, chunk: int) -> Tensor:
         ]
         return torch.tensor(pairs, dtype=torch.int32, device=cu_seqlens.device).reshape(-1, 2)
 
-    return _once(cu_seqlens, ("chunk_indices", chunk), build)
+    return remember(cu_seqlens, ("chunk_indices", chunk), build)
 
 
 def aligned_positions(cu_seqlens: Tensor, chunk: int, *, before: int = 0) -> Tensor:
@@ -162,7 +162,7 @@ def aligned_positions(cu_seqlens: Tensor, chunk: int, *, before: int = 0) -> Ten
         shift = whole.cumsum(0) - whole + before
         return position_ids(cu_seqlens) + shift[sequence_ids(cu_seqlens)]
 
-    return _once(cu_seqlens, ("aligned", chunk, before), build)
+    return remember(cu_seqlens, ("aligned", chunk, before), build)
 
 
 def aligned_length(cu_seqlens: Tensor, chunk: int, *, before: int = 0) -> int:
@@ -201,8 +201,8 @@ def unpack(x: Tensor, cu_seqlens: Tensor, length: int | None = None) -> Tensor:
     return padded.index_put((rows, columns), x[0])
 
 
-def _once(cu_seqlens: Tensor, what: Hashable, build: Callable[[], Any]) -> Any:
-    """Keeps what was derived from a boundaries tensor as long as the tensor lives and is not written to.
+def remember(cu_seqlens: Tensor, what: Hashable, build: Callable[[], Any]) -> Any:
+    """Keeps what `build` derives from a boundaries tensor as long as the tensor lives and is not written to.
 
     All layers of a model see the same tensor, so the device is read, and each index built, once per batch.
     """

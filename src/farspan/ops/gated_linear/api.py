@@ -4,6 +4,7 @@ from torch import Tensor
 
 from farspan.ops._backend import register, resolve
 from farspan.ops._contract import Contract, without_autocast
+from farspan.ops.gated_linear.limits import kernel_limits
 from farspan.ops.gated_linear.reference import gated_linear_attention_reference
 from farspan.ops.gated_linear.torch import gated_linear_attention_chunked, gated_linear_attention_recurrent
 
@@ -11,6 +12,8 @@ register(
     "gated_linear_attention",
     reference=gated_linear_attention_reference,
     torch=gated_linear_attention_chunked,
+    triton="farspan.ops.gated_linear.triton:gated_linear_attention_triton",
+    triton_limits=kernel_limits,
 )
 
 

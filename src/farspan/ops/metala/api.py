@@ -5,10 +5,17 @@ from torch import Tensor
 from farspan.errors import ConfigError
 from farspan.ops._backend import register, resolve
 from farspan.ops._contract import Contract, without_autocast
+from farspan.ops.gated_linear.limits import kernel_limits
 from farspan.ops.metala.reference import metala_attention_reference
 from farspan.ops.metala.torch import metala_attention_chunked
 
-register("metala_attention", reference=metala_attention_reference, torch=metala_attention_chunked)
+register(
+    "metala_attention",
+    reference=metala_attention_reference,
+    torch=metala_attention_chunked,
+    triton="farspan.ops.metala.triton:metala_attention_triton",
+    triton_limits=kernel_limits,
+)
 
 
 def metala_attention(
