@@ -30,7 +30,7 @@ install: .venv/.base  ## Builds .venv with the versions of constraints.txt
 demo: .venv/.base  ## Trains, evaluates and samples a small model on real text, from nothing (under 10 minutes, 2 cores)
 	$(BIN)/farspan train recipes/demo.yaml
 	$(BIN)/farspan eval runs/demo
-	$(BIN)/farspan generate runs/demo --num-samples 5 --seed 1 --max-new-tokens 200 --temperature 0.7 \
+	$(BIN)/farspan generate runs/demo "import " --num-samples 5 --seed 1 --max-new-tokens 200 --temperature 0.7 \
 		--check-python --json runs/demo/samples.json
 	@echo "Report: $(CURDIR)/runs/demo/report.html"
 

@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when done, 2 for a mistake that the user can mend, 130 when interrupted, otherwise the command's own code.
     """
+    # Threads that wait for each other must sleep, not spin: with another busy process on the same cores, spinning made
+    # an evaluation take ten times as long. OpenMP reads this when torch is loaded, so it has to be set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments, debug = _split_debug(list(sys.argv[1:] if argv is None else argv))
     _output.tolerate_encoding()
     try:
