@@ -1,9 +1,9 @@
 """Fixtures of the tests of evaluation."""
 
 import pytest
-from tiny_evaluation import tiny_model
 
 from farspan.models import FarspanForCausalLM
+from tests.evaluation.tiny_evaluation import tiny_model
 
 
 @pytest.fixture(params=["softmax", "metala"])

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_evaluation import VOCABULARY, tiny_model
 
 from farspan.evaluation import context_length
 from farspan.evaluation.context_length import (
@@ -20,6 +19,7 @@ from farspan.evaluation.context_length import (
     window_spans,
 )
 from farspan.evaluation.scoring import Scorer
+from tests.evaluation.tiny_evaluation import VOCABULARY, tiny_model
 
 TOLERANCE = 1e-4  # relative; float32, other order of sums
 LENGTH = 50

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_evaluation import tiny_model
 
 from farspan.data.tokenizers import byte_tokenizer
 from farspan.errors import ConfigError, DataError
 from farspan.evaluation.generation import IncrementalDecoder, Sampling, StopFilter, TextStream, sample_text
+from tests.evaluation.tiny_evaluation import tiny_model
 
 END, PADDING = 256, 257
 

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_evaluation import EOD, Text, texts
 
 from farspan.errors import ConfigError, DataError
 from farspan.evaluation.perplexity import bits_per_byte, spread
+from tests.evaluation.tiny_evaluation import EOD, Text, texts
 
 TOLERANCE = 1e-5  # relative; float32 sums in another order
 

@@ -23,18 +23,50 @@ RUNNERS: dict[str, Callable[[Case], None]] = {
 }
 
 PENDING = frozenset(
-    """
-    cdmoe.gate.module cdmoe.gate_token_mixing.module cdmoe.query_key.module cheems.lm
-    coca.llama.attention coca.llama.decode coca.llama.lm coca.neox.attention coca.neox.decode coca.neox.lm coca.scores
-    cottention.bert.attention cottention.bert.pretraining cottention.bert.sequence_classification
-    cottention.gpt.attention cottention.gpt.decode cottention.gpt.lm cottention.op
-    dilated.attention dilated.op
-    dmattn.fsa.attention dmattn.fsa.kernel dmattn.hf.attention dmattn.sd1.attention dmattn.seed_doge.attention
-    dmattn.seed_module.attention
-    doge.hf.lm doge.sd1.lm doge.seed.lm gated_mlp.module
-    longnet.decoder.lm longnet.encoder longnet.kyegomez.regression longnet.xpos_and_relative_bias longvit.classifier
-    metala.hf.lm mlp.module peer.module seimoe.module ssd.cheems.layer ssd.seed.module task.sample
-    """.split()
+    [
+        "cdmoe.gate.module",
+        "cdmoe.gate_token_mixing.module",
+        "cdmoe.query_key.module",
+        "cheems.lm",
+        "coca.llama.attention",
+        "coca.llama.decode",
+        "coca.llama.lm",
+        "coca.neox.attention",
+        "coca.neox.decode",
+        "coca.neox.lm",
+        "coca.scores",
+        "cottention.bert.attention",
+        "cottention.bert.pretraining",
+        "cottention.bert.sequence_classification",
+        "cottention.gpt.attention",
+        "cottention.gpt.decode",
+        "cottention.gpt.lm",
+        "cottention.op",
+        "dilated.attention",
+        "dilated.op",
+        "dmattn.fsa.attention",
+        "dmattn.fsa.kernel",
+        "dmattn.hf.attention",
+        "dmattn.sd1.attention",
+        "dmattn.seed_doge.attention",
+        "dmattn.seed_module.attention",
+        "doge.hf.lm",
+        "doge.sd1.lm",
+        "doge.seed.lm",
+        "gated_mlp.module",
+        "longnet.decoder.lm",
+        "longnet.encoder",
+        "longnet.kyegomez.regression",
+        "longnet.xpos_and_relative_bias",
+        "longvit.classifier",
+        "metala.hf.lm",
+        "mlp.module",
+        "peer.module",
+        "seimoe.module",
+        "ssd.cheems.layer",
+        "ssd.seed.module",
+        "task.sample",
+    ]
 )
 
 

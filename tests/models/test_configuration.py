@@ -13,7 +13,7 @@ def test_a_pattern_is_repeated_and_a_full_list_sets_the_depth() -> None:
     assert FarspanConfig(num_hidden_layers=2).mixers == ["softmax", "softmax"]
 
 
-def test_json_round_trip(tmp_path) -> None:  # noqa: ANN001
+def test_json_round_trip(tmp_path) -> None:
     config = FarspanConfig(
         hidden_size=64,
         num_attention_heads=4,

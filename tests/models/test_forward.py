@@ -126,7 +126,7 @@ def test_embeddings_hidden_states_and_kept_logits(mix: str) -> None:
     assert len(as_tuple) == 1
 
 
-def test_save_and_load(mix: str, tmp_path) -> None:  # noqa: ANN001
+def test_save_and_load(mix: str, tmp_path) -> None:
     from farspan import FarspanForCausalLM
 
     model, ids = tiny(mix, tie_word_embeddings=mix == "metala"), _ids(1, 9)

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -63,3 +64,12 @@ def tolerate_encoding() -> None:
 def silence_broken_pipe() -> None:
     """Points stdout at the null device, so that the interpreter's last flush does not complain about a closed pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def refresh_report(directory: Path) -> Path | None:
+    """Writes the report of a run anew, with what was just measured or sampled; None when `directory` is no run."""
+    if not (directory / "recipe.yaml").is_file():
+        return None
+    from farspan.training.report import write_report
+
+    return write_report(directory)

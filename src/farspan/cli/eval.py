@@ -99,10 +99,9 @@ def run(argv: list[str]) -> int:
         )
     path = evaluation.save(options.directory)
     _show(evaluation, path)
-    if (options.directory / "recipe.yaml").is_file():
-        from farspan.training.report import write_report
-
-        _output.out.print(f"report {write_report(options.directory)}", soft_wrap=True, highlight=False)
+    report = _output.refresh_report(options.directory)
+    if report is not None:
+        _output.out.print(f"report {report}", soft_wrap=True, highlight=False)
     return 0
 
 

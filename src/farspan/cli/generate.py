@@ -55,7 +55,7 @@ class _Command:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: Path | None = None
-    """Save the samples with their seeds and options to this file."""
+    """Save the samples with their seeds and options to this file; samples.json in a run enters its report."""
     check_python: bool = False
     """Print the share of complete lines that read as Python (the rule is in farspan.evaluation.samples)."""
 
@@ -122,6 +122,8 @@ def run(argv: list[str]) -> int:
     _report(samples, options.check_python)
     if options.json is not None:
         save_samples(options.json, samples, sampling)
+        if options.json.resolve().parent == options.directory.resolve():
+            _output.refresh_report(options.directory)
     return 0
 
 

@@ -59,7 +59,7 @@ class FarspanConfig(PreTrainedConfig):
         feed_forward_options: feed-forward name → the fields of its options dataclass.
         max_position_embeddings: the trained length; scaled positions stretch relative to it. It limits nothing.
         rope_parameters: `{"rope_type": "default" | "linear" | "dynamic" | "yarn", "rope_theta": 10000.0, …}`.
-        norm_type: `rms_norm`, `layer_norm`, `simple_rms_norm` (no parameters) or `neox_rms_norm` (eps outside the root).
+        norm_type: `rms_norm`, `layer_norm`, `simple_rms_norm` (no parameters) or `neox_rms_norm` (eps outside).
         norm_eps: epsilon of the norms.
         hidden_act: activation of the feed-forwards.
         hidden_dropout: dropout on each branch before it is added to the residual stream.

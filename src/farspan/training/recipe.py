@@ -70,7 +70,7 @@ class ModelRecipe:
     feed_forwards: list[str] | None = None
     """The feed-forward layers, named the same way."""
     mixer_options: JsonOptions = field(default_factory=dict)
-    """Options of each mixer by its name, such as {"softmax": {"window": 256}}."""
+    """Options of each mixer by its name, such as {"softmax": {"sliding_window": 256}}."""
     feed_forward_options: JsonOptions = field(default_factory=dict)
     """Options of each feed-forward by its name."""
     max_position_embeddings: int | None = None

@@ -35,20 +35,18 @@ def to_ours(state: Mapping[str, Tensor], entries: Iterable[Entry], partial: bool
     """
     known = {entry.published: entry for entry in entries}
     _check(state, known, partial)
-    return {
-        known[name].ours: x if known[name].our_shape is None else x.reshape(known[name].our_shape)
-        for name, x in state.items()
-    }
+    return {known[name].ours: _shaped(x, known[name].our_shape) for name, x in state.items()}
 
 
 def to_published(state: Mapping[str, Tensor], entries: Iterable[Entry]) -> dict[str, Tensor]:
     """The inverse of `to_ours`."""
     known = {entry.ours: entry for entry in entries}
     _check(state, known, partial=False)
-    return {
-        known[name].published: x if known[name].published_shape is None else x.reshape(known[name].published_shape)
-        for name, x in state.items()
-    }
+    return {known[name].published: _shaped(x, known[name].published_shape) for name, x in state.items()}
+
+
+def _shaped(x: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    return x if shape is None else x.reshape(shape)
 
 
 def _check(state: Mapping[str, Tensor], known: Mapping[str, Entry], partial: bool) -> None:
