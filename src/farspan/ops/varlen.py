@@ -201,6 +201,31 @@ def unpack(x: Tensor, cu_seqlens: Tensor, length: int | None = None) -> Tensor:
     return padded.index_put((rows, columns), x[0])
 
 
+def reverse(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Turns every sequence round in its own place; twice gives the input back.
+
+    Args:
+        x: `[B, T, ...]`, or packed `[1, N, ...]`.
+        cu_seqlens: `[num_seqs + 1]` int32; None means that every row is one sequence.
+
+    Returns:
+        A tensor like x.
+
+    Example:
+        >>> reverse(torch.tensor([[1, 2, 3, 4, 5]]), torch.tensor([0, 3, 3, 5], dtype=torch.int32)).tolist()
+        [[3, 2, 1, 5, 4]]
+    """
+    if cu_seqlens is None:
+        return x.flip(1)
+
+    def build() -> Tensor:
+        first_and_last = (cu_seqlens[:-1] + cu_seqlens[1:]).long() - 1
+        places = torch.arange(boundaries(cu_seqlens)[-1], device=cu_seqlens.device)
+        return first_and_last[sequence_ids(cu_seqlens)] - places
+
+    return x.index_select(1, remember(cu_seqlens, "reversed", build))
+
+
 def remember(cu_seqlens: Tensor, what: Hashable, build: Callable[[], Any]) -> Any:
     """Keeps what `build` derives from a boundaries tensor as long as the tensor lives and is not written to.
 
