@@ -64,3 +64,14 @@ def test_angles_stay_float32_in_16_bit_models() -> None:
 def test_dynamic_needs_more_than_one_pair() -> None:
     with pytest.raises(ConfigError, match="at least 4 rotary channels"):
         rope_frequencies(2, {"rope_type": "dynamic", "factor": 2.0}, 16, 32)
+
+
+def test_interleaved_pairs_are_the_half_split_pairs_of_permuted_channels() -> None:
+    x, places = torch.randn(1, 5, 2, 12), torch.arange(5)[None]
+    table = rotary_table(places, rope_frequencies(8, {}, 64, 64)[0])
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7, 8, 9, 10, 11])
+    turned = apply_rotary(x, *table, interleaved=True)
+    torch.testing.assert_close(turned[..., order], apply_rotary(x[..., order], *table))
+    complex_pairs = torch.view_as_complex(x[..., :8].unflatten(-1, (4, 2)).contiguous())
+    want = torch.view_as_real(complex_pairs * torch.complex(*table).unsqueeze(2)).flatten(-2)
+    torch.testing.assert_close(turned[..., :8], want)

@@ -1,11 +1,13 @@
 """Where the tokens of one forward pass stand: positions, padding and document boundaries, the same for every layer."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from farspan.nn.positions import rope_frequencies, rotary_table
 
 Value = TypeVar("Value")
 
@@ -37,6 +39,27 @@ class SequenceLayout:
     def planned_length(self) -> int:
         """`context_length`, or what these tokens need. Reads a value from the device: ask only where it matters."""
         return self.context_length or self.once("planned length", lambda: int(self.positions.max()) + 1)
+
+    def rotary(
+        self, rotary_dim: int, parameters: Mapping[str, Any], max_position_embeddings: int
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin of RoPE at the positions of these tokens, for `apply_rotary`; formed once for all layers.
+
+        Args:
+            rotary_dim: r, the number of rotated channels of a head.
+            parameters: the config's `rope_parameters`.
+            max_position_embeddings: the trained length, to which scaled positions stretch.
+
+        Returns:
+            Two float32 tensors `[B, T, r/2]`.
+        """
+
+        def compute() -> tuple[Tensor, Tensor]:
+            length = self.planned_length() if parameters.get("rope_type") == "dynamic" else 0
+            frequencies, scaling = rope_frequencies(rotary_dim, parameters, max_position_embeddings, length)
+            return rotary_table(self.positions, frequencies, scaling)
+
+        return self.once(("rotary", rotary_dim, max_position_embeddings, tuple(sorted(parameters.items()))), compute)
 
     def pack(self, x: Tensor) -> Tensor:
         """`[B, T, …]` with padding → `[1, N, …]` of the real tokens, row after row; unchanged without padding.

@@ -10,7 +10,7 @@ from farspan.errors import ConfigError
 from farspan.mixers.base import CacheKind, Mixer, MixerShape, linear_flops
 from farspan.mixers.cache import KeyValueCache, LayerCache
 from farspan.mixers.layout import SequenceLayout
-from farspan.nn.positions import apply_rotary, rope_frequencies, rotary_table
+from farspan.nn.positions import apply_rotary
 from farspan.ops.softmax.api import softmax_attention
 
 
@@ -83,7 +83,7 @@ class SoftmaxMixer(Mixer):
         k = self.k_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
         if self.options.rope:
-            cos, sin = self._rotary(layout)
+            cos, sin = layout.rotary(self.rotary_dim, self.rope_parameters, self.max_position_embeddings)
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         window = self.options.sliding_window
         fresh = cache is None
@@ -105,16 +105,6 @@ class SoftmaxMixer(Mixer):
         else:
             out = softmax_attention(q, keys, values, causal=self.causal, window=window, key_mask=key_mask)
         return self.o_proj(out.flatten(2))
-
-    def _rotary(self, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
-        def compute() -> tuple[Tensor, Tensor]:
-            length = layout.planned_length() if self.rope_parameters.get("rope_type") == "dynamic" else 0
-            frequencies, scaling = rope_frequencies(
-                self.rotary_dim, self.rope_parameters, self.max_position_embeddings, length
-            )
-            return rotary_table(layout.positions, frequencies, scaling)
-
-        return layout.once(("rotary", self.rotary_dim), compute)
 
     def new_cache(self) -> LayerCache:
         return KeyValueCache(self.options.sliding_window)
