@@ -52,7 +52,7 @@ class _Product(torch.autograd.Function):
 
 
 def same_dtype_form(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, dtype: torch.dtype, chunk: int = 64
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, dtype: torch.dtype, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """Gated linear attention in chunks, float32 outside of the products, their operands in `dtype`."""
     scale = q.shape[-1] ** -0.5
@@ -101,17 +101,17 @@ def operator(kind: str, backend: str) -> Call:
     return lambda x: op(**x, output_final_state=True, backend=backend)
 
 
-def rounded(kind: str, dtype: torch.dtype) -> Call:
+def rounded(kind: str, dtype: torch.dtype, chunk: int) -> Call:
     """The PyTorch form of the same dtype."""
 
     def gated(x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        out, state = same_dtype_form(x["q"], x["k"], x["v"], x.get("log_decay"), x["initial_state"], dtype)
+        out, state = same_dtype_form(x["q"], x["k"], x["v"], x.get("log_decay"), x["initial_state"], dtype, chunk)
         return out.to(dtype), state
 
     def metala(x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         log_decay = F.logsigmoid(x["gate_logits"].float()) / 16
         k = -torch.expm1(log_decay)
-        out, state = same_dtype_form(x["q"], k, x["v"], log_decay, x["initial_state"], dtype)
+        out, state = same_dtype_form(x["q"], k, x["v"], log_decay, x["initial_state"], dtype, chunk)
         u = (x["q"].float() * k * x["augmentation"]).sum(-1, keepdim=True)
         out = F.layer_norm(out + torch.sigmoid(u * x["v"].float()), out.shape[-1:])
         return out.to(dtype), state
@@ -134,20 +134,18 @@ def check_precision(shape: tuple[int, ...], kind: str, dtype: torch.dtype, gates
     x = make(shape, kind, dtype, gates)
     want = differentiate(operator(kind, "torch"), {name: tensor.double() for name, tensor in x.items()})
     got = differentiate(operator(kind, "triton"), x)
-    # Where the centred factorisation does not hold, the form to compare with is the exact one with rounded inputs.
-    form = rounded(kind, dtype) if gates == "ordinary" else None
-    plain = None if form is None else differentiate(form, x)
+    # With few rows in a chunk the centred factorisation holds for the extreme gates too, but not in float16.
+    plain = differentiate(rounded(kind, dtype, 64 if gates == "ordinary" else 16), x)
     errors, passed = {}, True
     for name, exact in want.items():
         largest = exact.abs().max().clamp(min=1e-30)
         ours = float((got[name].double() - exact).abs().max() / largest)
-        theirs = None if plain is None else float((plain[name].double() - exact).abs().max() / largest)
-        allowed = 2 * (theirs if theirs is not None else torch.finfo(dtype).eps) + SMALLEST_ERROR
+        theirs = float((plain[name].double() - exact).abs().max() / largest)
         errors[name] = {"kernel": ours, "same_dtype": theirs}
-        passed &= ours <= allowed
+        passed &= ours <= 2 * theirs + SMALLEST_ERROR
     return {
         "operator": kind, "shape": list(shape), "dtype": str(dtype)[6:], "gates": gates, "errors": errors,
-        "worst_ratio": max(e["kernel"] / (e["same_dtype"] or torch.finfo(dtype).eps) for e in errors.values()),
+        "worst_ratio": max(e["kernel"] / max(e["same_dtype"], 1e-7) for e in errors.values()),
         "passed": passed,
     }  # fmt: skip
 

@@ -20,28 +20,30 @@ CHUNK = 64
 # Half of the range of the log decay in a chunk up to which one factorisation serves; exp of it must fit the dtype.
 LIMIT = {torch.float16: 8.0, torch.bfloat16: 60.0, torch.float32: 60.0}
 DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-# Programs of the state kernels that keep the card busy: four for each of 132 multiprocessors.
-PROGRAMS = 528
+# Programs of the state kernels that keep the card busy: one for each of 132 multiprocessors.
+PROGRAMS = 132
 # Fewest and most chunks of a segment.
 SEGMENT = (4, 64)
+# Warp-group matrix instructions fail on blocks of 32 columns.
+NARROWEST = 64
 INTERPRETED = not isinstance(kernels.state_kernel, triton.runtime.JITFunction)
 
 
 class Tiles(NamedTuple):
     """Sizes of the kernels' blocks: columns of V at once, warps and stages for states, outputs and gradients."""
 
-    state: tuple[int, int, int] = (64, 4, 2)
-    output: tuple[int, int, int] = (128, 8, 1)
-    gradient: tuple[int, int, int] = (64, 8, 1)
+    state: tuple[int, int, int] = (64, 4, 3)
+    output: tuple[int, int, int] = (128, 4, 1)
+    gradient: tuple[int, int, int] = (64, 4, 1)
 
 
 # (architecture family, padded K up to, bytes of an operand) -> tiles. The nearest older family serves an unlisted one.
 TILES = {
     (8, 64, 2): Tiles(),
-    (8, 128, 2): Tiles(output=(64, 8, 1)),
+    (8, 128, 2): Tiles((64, 4, 2), (64, 8, 1), (64, 8, 1)),
     (8, 128, 4): Tiles((32, 4, 1), (32, 8, 1), (32, 8, 1)),
     (9, 64, 2): Tiles(),
-    (9, 128, 2): Tiles(output=(64, 8, 1)),
+    (9, 128, 2): Tiles((64, 4, 2), (64, 8, 1), (64, 8, 1)),
     (9, 128, 4): Tiles((32, 4, 1), (32, 8, 1), (32, 8, 1)),
 }
 
@@ -141,7 +143,7 @@ def attend(
         initial = q.new_zeros(sequences, heads, width, v.shape[-1], dtype=torch.float32)
     if v.numel() == 0:
         return torch.zeros_like(v), initial.float()
-    columns = triton.cdiv(v.shape[-1], _tiles(q, q.element_size()).state[0])
+    columns = triton.cdiv(v.shape[-1], _tiles(q).state[0])
     work = batch * length * heads * columns // (CHUNK * PROGRAMS)
     segment = CHUNK * min(max(1 << work.bit_length() >> 1, SEGMENT[0]), SEGMENT[1])
     if cu_seqlens is None:
@@ -174,6 +176,16 @@ def _plan(spans: list[tuple[int, int]], segment: int, device: torch.device) -> P
     return Plan(*(table.to(device, non_blocking=True) for table in tables))
 
 
+class _Prepared(NamedTuple):
+    """What `prepare_kernel` gives: queries and keys with their decays, centre and half range of chunks, MetaLA's u."""
+
+    q: Tensor
+    k: Tensor
+    centre: Tensor
+    half: Tensor
+    u: Tensor
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -187,79 +199,112 @@ class _Attention(torch.autograd.Function):
         plan: Plan,
         options: Options,
     ) -> tuple[Tensor, Tensor]:
-        states, final = _states(q if k is None else k, v, gate, initial, plan, options, _dot(q), reverse=False)
+        prepared = _prepare(q, k, v, gate, weight, plan, options)
+        states, final = _states(prepared.k, v, gate, prepared, initial, plan, options, reverse=False)
         out = torch.empty_like(v)
         rstd = v.new_empty(v.shape[:3] if options.normalize else (0,), dtype=torch.float32)
-        columns, warps, stages = _tiles(q, q.element_size()).output
-        columns = triton.next_power_of_2(v.shape[-1]) if options.augment or options.normalize else columns
+        columns, warps, stages = _tiles(prepared.q).output
+        columns = (
+            max(NARROWEST, triton.next_power_of_2(v.shape[-1])) if options.augment or options.normalize else columns
+        )
         shape = _shape(q, v, columns)
         grid = (plan.chunks.shape[0], shape["H"], triton.cdiv(shape["V"], shape["BV"]))
-        kernels.output_kernel[grid](
-            q, q if k is None else k, v, q if gate is None else gate, q if weight is None else weight, states, out,
-            rstd, plan.chunks, options.scale, options.normalizer, options.eps, **shape, **_flags(q, options),
-            NORMALIZE=options.normalize, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        ctx.save_for_backward(q, k, v, gate, weight, states, out if options.normalize else None, rstd)
+        for extreme in _kinds(options):
+            kernels.output_kernel[grid](
+                prepared.q, prepared.k, v, q if gate is None else gate, prepared.half, prepared.u, states, out, rstd,
+                plan.chunks, options.normalizer, options.eps, **shape, **_numbers(prepared.q, options),
+                AUGMENT=options.augment, INSIDE=options.inside, NORMALIZE=options.normalize, FAST=_fast(prepared.q),
+                LEVELS=_levels(), EXTREME=extreme,
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+        ctx.save_for_backward(q, k, v, gate, weight, *prepared, states, out if options.normalize else None, rstd)
         ctx.plan, ctx.options = plan, options
         return out, final
 
     @staticmethod
     @plain_backward
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, gate, weight, states, out, rstd = ctx.saved_tensors
-        plan, options = ctx.plan, ctx.options
+        q, k, v, gate, weight, *rest, states, out, rstd = ctx.saved_tensors
+        prepared, plan, options = _Prepared(*rest), ctx.plan, ctx.options
         with torch.cuda.device_of(q):
             d_out, d_final = gradients[0].contiguous(), gradients[1].contiguous()
             if options.normalize:
                 d_out = _norm_gradient(d_out, out, rstd)
-            d_states, d_initial = _states(q, d_out, gate, d_final, plan, options, _dot(q), reverse=True)
+            d_states, d_initial = _states(prepared.q, d_out, gate, prepared, d_final, plan, options, reverse=True)
             dq, dv = torch.empty_like(q), torch.empty_like(v)
             dk = None if k is None else torch.empty_like(k)
             d_gate = None if gate is None else torch.empty_like(gate)
             d_weight = None
             if weight is not None:
                 d_weight = weight.new_empty(plan.chunks.shape[0], *weight.shape, dtype=torch.float32)
-            columns, warps, stages = _tiles(q, q.element_size()).gradient
+            columns, warps, stages = _tiles(prepared.q).gradient
             shape = _shape(q, v, columns)
-            kernels.gradient_kernel[(plan.chunks.shape[0], shape["H"])](
-                q, q if k is None else k, v, q if gate is None else gate, q if weight is None else weight, d_out,
-                states, d_states, dq, dq if dk is None else dk, dv, dq if d_gate is None else d_gate,
-                dq if d_weight is None else d_weight, plan.chunks, options.scale, options.normalizer,
-                **shape, **_flags(q, options), num_warps=warps, num_stages=stages,
-            )  # fmt: skip
+            for extreme in _kinds(options):
+                kernels.gradient_kernel[(plan.chunks.shape[0], shape["H"])](
+                    q, q if k is None else k, prepared.q, prepared.k, v, q if gate is None else gate, prepared.half,
+                    prepared.u, q if weight is None else weight, d_out, states, d_states, dq, dq if dk is None else dk, dv,
+                    dq if d_gate is None else d_gate, dq if d_weight is None else d_weight, plan.chunks, options.scale,
+                    options.normalizer, **shape, **_numbers(prepared.q, options), **_sums(prepared.q),
+                    AUGMENT=options.augment, INSIDE=options.inside, LEVELS=_levels(),
+                    EXTREME=extreme, num_warps=warps, num_stages=stages,
+                )  # fmt: skip
         if weight is not None and d_weight is not None:
             d_weight = d_weight.sum(0).to(weight.dtype)
         return dq, dk, dv, d_gate, d_weight, d_initial, None, None
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    gate: Tensor | None,
+    weight: Tensor | None,
+    plan: Plan,
+    options: Options,
+) -> _Prepared:
+    """Queries and keys in the dtype of the matrix products, which is q's."""
+    chunks, heads, width = plan.chunks.shape[0], *q.shape[2:]
+    vector = (chunks if gate is not None else 0, heads, width)
+    prepared = _Prepared(
+        torch.empty_like(q),
+        torch.empty_like(q),
+        q.new_empty(vector, dtype=torch.float32),
+        q.new_empty(vector, dtype=torch.float32),
+        q.new_empty(q.shape[:3] if options.augment else (0,), dtype=torch.float32),
+    )
+    kernels.prepare_kernel[(chunks, heads)](
+        q, q if k is None else k, q if gate is None else gate, q if weight is None else weight, *prepared, plan.chunks,
+        options.scale, options.normalizer, **_shape(q, v, NARROWEST), DECAY=options.decay, LIMIT=LIMIT[q.dtype],
+        AUGMENT=options.augment, **_sums(q), num_warps=4,
+    )  # fmt: skip
+    return prepared
 
 
 def _states(
     x: Tensor,
     y: Tensor,
     gate: Tensor | None,
+    prepared: _Prepared,
     start: Tensor,
     plan: Plan,
     options: Options,
-    dot: torch.dtype,
     *,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """The state in front of every chunk and after every sequence; in reverse, their gradients."""
-    columns, warps, stages = _tiles(x, dot.itemsize).state
+    columns, warps, stages = _tiles(x).state
     shape = _shape(x, y, columns)
     heads, size = shape["H"], start.shape[-2:]
     count = plan.segments.shape[0]
     grid = (count, heads, triton.cdiv(shape["V"], shape["BV"]))
-    states = start.new_empty(plan.chunks.shape[0], heads, *size, dtype=dot)
+    states = x.new_empty(plan.chunks.shape[0], heads, *size)
     final = torch.empty_like(start)
-    constants = {
-        "DECAY": options.decay, "REVERSE": reverse, "DOT": _operand(dot), "PRECISION": _precision(dot),
-        "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
 
     def walk(start: Tensor, end: Tensor, lost: Tensor, **stores: bool) -> None:
         kernels.state_kernel[grid](
-            x, y, x if gate is None else gate, start, end, lost, states, plan.segments, options.scale,
-            options.normalizer, **shape, **stores, **constants,
+            x, y, x if gate is None else gate, prepared.centre, prepared.half, start, end, lost, states, plan.segments,
+            options.normalizer, **shape, **_numbers(x, options), **stores, REVERSE=reverse,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
     if plan.whole:
@@ -267,11 +312,11 @@ def _states(
         return states, final
     added, lost = start.new_empty(count, heads, *size), start.new_empty(count, heads, size[0])
     walk(start, added, lost, HAS_START=False, STORE_STATES=False, STORE_END=True, STORE_LOST=True)
-    entering, block = torch.empty_like(added), 128
+    entering, block = torch.empty_like(added), 256
     sequences = plan.offsets.shape[0] - 1
     kernels.scan_kernel[(sequences, heads, triton.cdiv(size.numel(), block))](
         added, lost, start, entering, final, plan.offsets,
-        H=heads, K=size[0], V=size[1], BS=16, BN=block, REVERSE=reverse,
+        H=heads, K=size[0], V=size[1], BN=block, REVERSE=reverse, num_warps=2,
     )  # fmt: skip
     walk(entering, final, lost, HAS_START=True, STORE_STATES=True, STORE_END=False, STORE_LOST=False)
     return states, final
@@ -287,33 +332,39 @@ def _norm_gradient(dy: Tensor, y: Tensor, rstd: Tensor) -> Tensor:
     return d_out
 
 
-def _tiles(q: Tensor, size: int) -> Tiles:
+def _tiles(q: Tensor) -> Tiles:
     family = 9 if INTERPRETED else torch.cuda.get_device_capability(q.device)[0]
-    return tiles(family, max(16, triton.next_power_of_2(q.shape[-1])), size)
+    return tiles(family, max(16, triton.next_power_of_2(q.shape[-1])), q.element_size())
+
+
+def _kinds(options: Options) -> tuple[bool, ...]:
+    """The launches of a kernel per chunk: moderate chunks, and those whose decays need the form for extreme ones."""
+    return (False, True) if options.decay else (False,)
+
+
+def _levels() -> int:
+    return CHUNK.bit_length() - 1
 
 
 def _shape(q: Tensor, v: Tensor, columns: int) -> dict[str, int]:
     heads, width, values = q.shape[2], q.shape[3], v.shape[3]
     return {
-        "H": heads, "K": width, "V": values, "BT": CHUNK, "BK": max(16, triton.next_power_of_2(width)),
-        "BV": min(columns, max(16, triton.next_power_of_2(values))),
+        "H": heads, "K": width, "V": values, "BT": CHUNK, "BK": max(NARROWEST, triton.next_power_of_2(width)),
+        "BV": min(columns, max(NARROWEST, triton.next_power_of_2(values))),
     }  # fmt: skip
 
 
-def _flags(q: Tensor, options: Options) -> dict[str, Any]:
-    return {
-        "DECAY": options.decay, "LIMIT": LIMIT[q.dtype], "LEVELS": CHUNK.bit_length() - 1, "AUGMENT": options.augment,
-        "INSIDE": options.inside, "DOT": _operand(q.dtype), "PRECISION": _precision(q.dtype),
-    }  # fmt: skip
+def _numbers(q: Tensor, options: Options) -> dict[str, Any]:
+    """Decay and matrix products. The interpreter has no 16-bit arithmetic that could be trusted: it takes float32."""
+    precision = "tf32x3" if q.dtype == torch.float32 else "tf32"
+    dot = tl.float32 if INTERPRETED else DOT[q.dtype]
+    return {"DECAY": options.decay, "LIMIT": LIMIT[q.dtype], "DOT": dot, "PRECISION": precision}
 
 
-def _dot(q: Tensor) -> torch.dtype:
-    return torch.float32 if INTERPRETED else q.dtype
+def _sums(q: Tensor) -> dict[str, Any]:
+    return {"FAST": _fast(q), "PART": tl.float32 if INTERPRETED else tl.bfloat16}
 
 
-def _operand(dtype: torch.dtype) -> tl.dtype:
-    return tl.float32 if INTERPRETED else DOT[dtype]
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+def _fast(q: Tensor) -> int:
+    """How much precision the kernels may give up: none, far less than 16 bits hold, or that by hardware functions."""
+    return 0 if q.dtype == torch.float32 else 1 if INTERPRETED else 2
