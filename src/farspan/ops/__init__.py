@@ -5,14 +5,19 @@ in float32 and choose their backend per call. Operators with a state return `(ou
 """
 
 from farspan.ops._backend import availability
+from farspan.ops.collinear.api import collinear_attention, collinear_coefficients
 from farspan.ops.gated_linear.api import gated_linear_attention, gated_linear_attention_step
 from farspan.ops.metala.api import metala_attention
 from farspan.ops.short_convolution.api import short_convolution
+from farspan.ops.ssd.api import state_space_duality
 
 __all__ = [
     "availability",
+    "collinear_attention",
+    "collinear_coefficients",
     "gated_linear_attention",
     "gated_linear_attention_step",
     "metala_attention",
     "short_convolution",
+    "state_space_duality",
 ]
