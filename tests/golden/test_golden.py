@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.golden import metala_cases
+from tests.golden import metala_cases, ssd_cases
 from tests.golden.case import Case
 
 RUNNERS: dict[str, Callable[[Case], None]] = {
@@ -20,6 +20,8 @@ RUNNERS: dict[str, Callable[[Case], None]] = {
     "metala.hf.mixer": metala_cases.hf_mixer,
     "metala.hf.decode": metala_cases.hf_decode,
     "metala.neox.layer": metala_cases.neox_layer,
+    "ssd.cheems.layer": ssd_cases.cheems_layer,
+    "ssd.seed.module": ssd_cases.seed_module,
 }
 
 PENDING = frozenset(
@@ -63,8 +65,6 @@ PENDING = frozenset(
         "mlp.module",
         "peer.module",
         "seimoe.module",
-        "ssd.cheems.layer",
-        "ssd.seed.module",
         "task.sample",
     ]
 )

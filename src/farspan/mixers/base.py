@@ -90,6 +90,7 @@ MIXERS: Registry[Mixer] = Registry(
     {
         "metala": "farspan.mixers.metala:MetaLAMixer:MetaLAOptions",
         "softmax": "farspan.mixers.softmax:SoftmaxMixer:SoftmaxOptions",
+        "ssd": "farspan.mixers.ssd:SSDMixer:SSDOptions",
     },
 )
 
