@@ -12,38 +12,42 @@ from typing import Any
 
 import pytest
 
-from tests.golden import metala_cases, ssd_cases
+from tests.golden import coca_cases, cottention_cases, experts_cases, metala_cases, ssd_cases
 from tests.golden.case import Case
 
 RUNNERS: dict[str, Callable[[Case], None]] = {
+    "coca.llama.attention": coca_cases.llama_attention,
+    "coca.neox.attention": coca_cases.neox_attention,
+    "coca.scores": coca_cases.scores,
+    "cottention.bert.attention": cottention_cases.bert_attention,
+    "cottention.gpt.attention": cottention_cases.gpt_attention,
+    "cottention.op": cottention_cases.causal_op,
     "gated_linear_attention.op": metala_cases.gated_linear_attention_op,
     "metala.hf.mixer": metala_cases.hf_mixer,
     "metala.hf.decode": metala_cases.hf_decode,
     "metala.neox.layer": metala_cases.neox_layer,
     "ssd.cheems.layer": ssd_cases.cheems_layer,
     "ssd.seed.module": ssd_cases.seed_module,
+    "cdmoe.gate.module": experts_cases.cdmoe_gate,
+    "cdmoe.gate_token_mixing.module": experts_cases.cdmoe_gate_token_mixing,
+    "cdmoe.query_key.module": experts_cases.cdmoe_query_key,
+    "gated_mlp.module": experts_cases.gated_mlp,
+    "mlp.module": experts_cases.mlp,
+    "peer.module": experts_cases.peer,
+    "seimoe.module": experts_cases.seimoe,
 }
 
 PENDING = frozenset(
     [
-        "cdmoe.gate.module",
-        "cdmoe.gate_token_mixing.module",
-        "cdmoe.query_key.module",
         "cheems.lm",
-        "coca.llama.attention",
         "coca.llama.decode",
         "coca.llama.lm",
-        "coca.neox.attention",
         "coca.neox.decode",
         "coca.neox.lm",
-        "coca.scores",
-        "cottention.bert.attention",
         "cottention.bert.pretraining",
         "cottention.bert.sequence_classification",
-        "cottention.gpt.attention",
         "cottention.gpt.decode",
         "cottention.gpt.lm",
-        "cottention.op",
         "dilated.attention",
         "dilated.op",
         "dmattn.fsa.attention",
@@ -55,16 +59,12 @@ PENDING = frozenset(
         "doge.hf.lm",
         "doge.sd1.lm",
         "doge.seed.lm",
-        "gated_mlp.module",
         "longnet.decoder.lm",
         "longnet.encoder",
         "longnet.kyegomez.regression",
         "longnet.xpos_and_relative_bias",
         "longvit.classifier",
         "metala.hf.lm",
-        "mlp.module",
-        "peer.module",
-        "seimoe.module",
         "task.sample",
     ]
 )

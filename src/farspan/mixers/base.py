@@ -88,6 +88,8 @@ class Mixer(nn.Module):
 MIXERS: Registry[Mixer] = Registry(
     "mixer",
     {
+        "collinear": "farspan.mixers.collinear:CollinearMixer:CollinearOptions",
+        "cosine": "farspan.mixers.cosine:CosineMixer:CosineOptions",
         "metala": "farspan.mixers.metala:MetaLAMixer:MetaLAOptions",
         "softmax": "farspan.mixers.softmax:SoftmaxMixer:SoftmaxOptions",
         "ssd": "farspan.mixers.ssd:SSDMixer:SSDOptions",
@@ -112,3 +114,15 @@ def register_mixer(name: str, mixer: type[Mixer], options: type) -> None:
 def linear_flops(*layers: nn.Linear) -> float:
     """Operations per token of linear layers: 2 per weight."""
     return 2.0 * sum(layer.weight.numel() for layer in layers)
+
+
+def mean_keys_seen(length: int, window: int | None, causal: bool) -> float:
+    """Keys that a query sees, averaged over a sequence of `length` tokens, for counts of operations.
+
+    Args:
+        length: tokens of the sequence, at least 1.
+        window: of `softmax_attention`; None is all.
+        causal: whether row t = 1 … length sees min(t, window) keys.
+    """
+    window = min(window or length, length)
+    return (window * (window + 1) / 2 + (length - window) * window) / length if causal else float(window)

@@ -89,6 +89,13 @@ class SequenceLayout:
             lambda: torch.nn.functional.pad(mask.sum(-1).cumsum(0), (1, 0)).to(torch.int32),
         )
 
+    def lengths(self) -> Tensor:
+        """Real tokens of each sequence: `[B]`, or `[num_seqs]` when documents are packed; int64."""
+        bounds = self.sequences()
+        if bounds is None:
+            return self.positions.new_full(self.positions.shape[:1], self.positions.shape[1])
+        return bounds.diff().long()
+
     def _real(self) -> Tensor:
         mask = self.padding_mask
         assert mask is not None

@@ -6,6 +6,8 @@ in float32 and choose their backend per call. Operators with a state return `(ou
 
 from farspan.ops._backend import availability
 from farspan.ops.collinear.api import collinear_attention, collinear_coefficients
+from farspan.ops.cosine.api import cosine_attention
+from farspan.ops.experts.api import product_key_topk, retrieved_experts
 from farspan.ops.gated_linear.api import gated_linear_attention, gated_linear_attention_step
 from farspan.ops.metala.api import metala_attention
 from farspan.ops.short_convolution.api import short_convolution
@@ -15,9 +17,12 @@ __all__ = [
     "availability",
     "collinear_attention",
     "collinear_coefficients",
+    "cosine_attention",
     "gated_linear_attention",
     "gated_linear_attention_step",
     "metala_attention",
+    "product_key_topk",
+    "retrieved_experts",
     "short_convolution",
     "state_space_duality",
 ]
