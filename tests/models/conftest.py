@@ -10,6 +10,11 @@ MIXES = {
     "softmax": {"mixers": ["softmax"]},
     "hybrid": {"mixers": ["metala", "metala", "softmax"]},
     "window": {"mixers": ["softmax"], "mixer_options": {"softmax": {"sliding_window": 4}}},
+    "ssd": {"mixers": ["ssd"]},
+    "ssd_grouped": {
+        "mixers": ["ssd"],
+        "mixer_options": {"ssd": {"groups": 2, "state_size": 6, "conv_size": 3, "gated_norm": True, "bias": True}},
+    },
 }
 
 
