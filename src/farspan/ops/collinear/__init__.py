@@ -1,0 +1,1 @@
+"""Collinear constrained attention: softmax attention whose keys are the query itself, scaled per rotary pair."""
