@@ -42,7 +42,8 @@ class FarspanBlock(GradientCheckpointingLayer):
         self, x: Tensor, *, layout: SequenceLayout, cache: LayerCache | None = None
     ) -> tuple[Tensor, AuxiliaryRecord | None]:
         x = x + self.dropout(self.mixer(self.mixer_norm(x), layout=layout, cache=cache))
-        y, aux = self.feed_forward(self.feed_forward_norm(x))
+        known = {"padding_mask": layout.padding_mask} if self.feed_forward.reads_padding else {}
+        y, aux = self.feed_forward(self.feed_forward_norm(x), **known)
         return x + self.dropout(y), aux
 
 
@@ -76,16 +77,22 @@ class FarspanPreTrainedModel(PreTrainedModel):
 
 @dataclass
 class FarspanModelOutput(BaseModelOutputWithPast):
-    """Hidden states, cache and the summed auxiliary loss of the feed-forwards (None when there is none)."""
+    """Hidden states, cache, and what the feed-forwards report beside their output.
+
+    `auxiliary` has one record (or None) per layer, `aux_loss` the sum of their losses; both are None when there is
+    nothing, as outside of training mode.
+    """
 
     aux_loss: Tensor | None = None
+    auxiliary: tuple[AuxiliaryRecord | None, ...] | None = None
 
 
 @dataclass
 class FarspanCausalLMOutput(CausalLMOutputWithPast):
-    """Loss, logits, cache and hidden states; `aux_loss` is already part of `loss`."""
+    """Loss, logits, cache and hidden states; `aux_loss` is already part of `loss`. `auxiliary` as in the stack's."""
 
     aux_loss: Tensor | None = None
+    auxiliary: tuple[AuxiliaryRecord | None, ...] | None = None
 
 
 class FarspanModel(FarspanPreTrainedModel):
@@ -147,11 +154,10 @@ class FarspanModel(FarspanPreTrainedModel):
 
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [x] if keep_all else None
-        aux_loss: Tensor | None = None
+        records: list[AuxiliaryRecord | None] = []
         for i, layer in enumerate(self.layers):
             x, aux = layer(x, layout=layout, cache=None if past_key_values is None else past_key_values.layers[i])
-            if aux is not None and aux.loss is not None:
-                aux_loss = aux.loss if aux_loss is None else aux_loss + aux.loss
+            records.append(aux)
             if states is not None and i + 1 < len(self.layers):
                 states.append(x)
         x = self.norm(x)
@@ -159,11 +165,13 @@ class FarspanModel(FarspanPreTrainedModel):
             states.append(x)
         if past_key_values is not None:
             past_key_values.advance(x.shape[1], _next_positions(layout, past_key_values))
+        losses = [record.loss for record in records if record is not None and record.loss is not None]
         output = FarspanModelOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
             hidden_states=None if states is None else tuple(states),
-            aux_loss=aux_loss,
+            aux_loss=torch.stack(losses).sum() if losses else None,
+            auxiliary=tuple(records) if any(records) else None,
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -179,6 +187,8 @@ class FarspanModel(FarspanPreTrainedModel):
         rows, length = x.shape[:2]
         if cache is not None and not isinstance(cache, FarspanCache):
             raise ConfigError(f"past_key_values is a {type(cache).__name__}; Farspan needs model.new_cache().")
+        if cache is not None and not self.config.causal:
+            raise ConfigError("past_key_values needs causal=true: a model that looks both ways has no past to keep.")
         seen = 0 if cache is None else cache.tokens_seen
         if cache is not None and cache.batch_size not in (-1, rows):
             raise ShapeError(f"past_key_values holds {cache.batch_size} rows, the input has {rows}.")
@@ -307,7 +317,9 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
                 hidden, self.lm_head.weight, shift_labels.to(hidden.device), num_items=num_items_in_batch
             )
             if outputs.aux_loss is not None:
-                loss = loss + outputs.aux_loss
+                # Of several micro-batches each has the weight of its labels, so that their sum is one batch's loss.
+                share = 1 if num_items_in_batch is None else (shift_labels != IGNORE_INDEX).sum() / num_items_in_batch
+                loss = loss + share * outputs.aux_loss
         logits = None
         if output_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -318,6 +330,7 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             aux_loss=outputs.aux_loss,
+            auxiliary=outputs.auxiliary,
         )
         return output if return_dict is not False else output.to_tuple()
 

@@ -1,21 +1,13 @@
 """Feed-forwards: what follows the mixer in every block. Contract: `forward(x) -> (y, aux)`."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from farspan.errors import ConfigError, nearest
 from farspan.nn.registry import Registry
-
-ACTIVATIONS = {
-    "silu": nn.functional.silu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-    "relu": torch.relu,
-    "sigmoid": torch.sigmoid,
-}
+from farspan.ops.activations import ACTIVATIONS
 
 
 @dataclass
@@ -25,10 +17,14 @@ class AuxiliaryRecord:
     Attributes:
         loss: scalar to add to the training loss, or None.
         statistics: named scalars for the log, e.g. router entropy.
+        load: share of the selections that each expert received, `[E]`, summing to 1; None without experts.
+        probability: mean probability that the router gave each expert, `[E]`, summing to 1, differentiable.
     """
 
     loss: Tensor | None = None
     statistics: dict[str, Tensor] | None = None
+    load: Tensor | None = None
+    probability: Tensor | None = None
 
 
 class FeedForwardShape(Protocol):
@@ -37,6 +33,8 @@ class FeedForwardShape(Protocol):
     hidden_size: int
     intermediate_size: int
     hidden_act: str
+    initializer_range: float
+    norm_eps: float
 
 
 class FeedForward(nn.Module):
@@ -49,10 +47,14 @@ class FeedForward(nn.Module):
     - `reset_parameters()` for parameters that the model's default initialisation does not know
       (it knows `nn.Linear` and `nn.Embedding`).
 
-    `no_weight_decay` names the module's own parameters that the optimiser must not shrink.
+    Attributes:
+        no_weight_decay: names of the module's own parameters that the optimiser must not shrink.
+        reads_padding: whether forward takes `padding_mask`, `[...]` bool or None, True for real tokens: for
+            feed-forwards that count over tokens. (Padding never changes the output of a real token.)
     """
 
     no_weight_decay: tuple[str, ...] = ()
+    reads_padding: ClassVar[bool] = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, AuxiliaryRecord | None]:
         raise NotImplementedError
@@ -138,8 +140,11 @@ class GatedMLP(FeedForward):
 FEED_FORWARDS: Registry[FeedForward] = Registry(
     "feed-forward",
     {
-        "mlp": "farspan.nn.feed_forward:MLP:MLPOptions",
+        "cdmoe": "farspan.nn.experts.cdmoe:CDMoE:CDMoEOptions",
         "gated_mlp": "farspan.nn.feed_forward:GatedMLP:MLPOptions",
+        "mlp": "farspan.nn.feed_forward:MLP:MLPOptions",
+        "peer": "farspan.nn.experts.peer:PEER:PEEROptions",
+        "seimoe": "farspan.nn.experts.seimoe:SEIMoE:SEIMoEOptions",
     },
 )
 

@@ -1,0 +1,67 @@
+"""Published names of the feed-forwards of Wonderful Matrices: plain and gated MLP, CDMoE, PEER, SEIMoE.
+
+Source: LoserCheems/WonderfulMatrices: modules/, models/modeling_doge.py; transformers: models/doge.
+"""
+
+from farspan.models.convert.names import Entry
+
+
+def mlp_entries(bias: bool, gated: bool = False) -> list[Entry]:
+    """`MLP` and `GatedMLP`: published name → ours.
+
+    Args:
+        bias: whether the projections have biases.
+        gated: whether there is a gate.
+    """
+    projections = ("gate_proj", "up_proj", "down_proj") if gated else ("up_proj", "down_proj")
+    names = [f"{name}.{kind}" for name in projections for kind in ("weight", "bias")[: 1 + bias]]
+    return [Entry(name, name) for name in names]
+
+
+def cdmoe_entries(router: str, bias: bool = False) -> list[Entry]:
+    """`CDMoE`, `DogeCDMoE`, `CheemsCDMoE`: published name → ours.
+
+    Args:
+        router: `query_key` for the seed repository, `gate` for transformers and small-doge.
+        bias: whether the projections of the gated MLP have biases.
+    """
+    routers = {
+        "query_key": [Entry("queries.weight", "queries.weight"), Entry("keys", "keys")],
+        "gate": [Entry("router_gate.weight", "gate.weight")],
+    }
+    return [
+        *(entry.under("", "shared.") for entry in mlp_entries(bias, gated=True)),
+        *(entry.under("", "experts.router.") for entry in routers[router]),
+        Entry("down_embed.weight", "experts.down"),
+        Entry("up_embed.weight", "experts.up"),
+    ]
+
+
+def peer_entries(pre_norm: bool = False) -> list[Entry]:
+    """`PEER`: published name → ours.
+
+    Args:
+        pre_norm: whether it normalises its input.
+    """
+    return [
+        *([Entry("norm.gamma", "norm.weight")] if pre_norm else []),
+        Entry("to_queries.0.weight", "experts.router.queries.weight"),
+        Entry("keys", "experts.router.keys"),
+        Entry("weight_down_embed.weight", "experts.down"),
+        Entry("weight_up_embed.weight", "experts.up"),
+    ]
+
+
+def seimoe_entries(experts: int, bias: bool = True) -> list[Entry]:
+    """`SEIMoE`: published name → ours.
+
+    Args:
+        experts: number of routed experts.
+        bias: whether the projections have biases.
+    """
+    places = [*(f"experts.{i}." for i in range(experts)), "shared_expert."]
+    return [
+        Entry("router.weight", "router.weight"),
+        Entry("shared_expert_gate.weight", "shared_expert_gate.weight"),
+        *(entry.under(place, place) for place in places for entry in mlp_entries(bias)),
+    ]

@@ -1,0 +1,82 @@
+"""How evenly a router uses its experts: the auxiliary loss and the numbers for the log."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from farspan.nn.feed_forward import AuxiliaryRecord
+
+
+def load_balance(load: Tensor, probability: Tensor) -> Tensor:
+    """The load-balancing loss `E · sum_e load_e · probability_e`.
+
+    It is 1 when the mean probabilities are uniform, whatever the load, and E when one expert has all of both. Only the
+    probability carries a gradient: experts that are chosen more often than others are made less likely.
+
+    Args:
+        load: share of the selections that each expert received, `[E]`, summing to 1.
+        probability: mean probability of each expert, `[E]`, summing to 1.
+
+    Returns:
+        A scalar.
+
+    Note:
+        Over several layers the released code of Doge concatenates their tokens first: that is
+        `load_balance(mean of the loads, mean of the probabilities)`. The model sums one loss per layer.
+
+    Source:
+        Fedus et al. 2021, arXiv 2101.03961, equations 4 to 6; transformers: models/doge.
+
+    Example:
+        >>> import torch
+        >>> load_balance(torch.tensor([0.75, 0.25]), torch.tensor([1.0, 0.0])).item()
+        1.5
+    """
+    return load.numel() * (load * probability).sum()
+
+
+def token_shares(x: Tensor, keep: Tensor | None) -> Tensor:
+    """The weight of each token of `[N, D]` in a mean over the real ones: `[N]` in float32, summing to 1, 0 at padding.
+
+    Args:
+        x: the tokens.
+        keep: `[N]` bool, True for real tokens; None means all.
+    """
+    counted = torch.ones(len(x), device=x.device) if keep is None else keep.float()
+    return counted / counted.sum().clamp(min=1)
+
+
+def balance_record(
+    expert_ids: Tensor, shares: Tensor, probability: Tensor, entropy: Tensor, coefficient: float
+) -> AuxiliaryRecord:
+    """What a router reports of one forward pass.
+
+    Args:
+        expert_ids: the selections, `[N, R]` int64.
+        shares: weight of each token, `[N]`; see `token_shares`.
+        probability: mean probability of each expert over the tokens, `[E]`, differentiable.
+        entropy: mean entropy of the router's distribution over the experts, in nats.
+        coefficient: factor of the auxiliary loss; 0 leaves the loss out.
+
+    Returns:
+        The record; its statistics are
+
+        - `experts_used`: share of the experts that were chosen at least once;
+        - `busiest_expert`: the largest load, as a multiple of an even one;
+        - `load_entropy`: entropy of the load, 1 for an even one, 0 if one expert has it all;
+        - `router_entropy`: entropy of the router's distribution per token on the same scale.
+    """
+    experts, slots = probability.numel(), expert_ids.shape[-1]
+    weights = (shares / slots).to(probability.dtype).unsqueeze(-1).expand_as(expert_ids)
+    load = torch.zeros_like(probability, requires_grad=False)
+    load = load.scatter_add(0, expert_ids.flatten(), weights.flatten())
+    largest = math.log(max(experts, 2))
+    statistics = {
+        "experts_used": (load > 0).to(load.dtype).mean(),
+        "busiest_expert": load.max() * experts,
+        "load_entropy": torch.special.entr(load).sum() / largest,
+        "router_entropy": entropy.detach() / largest,
+    }
+    loss = coefficient * load_balance(load, probability) if coefficient else None
+    return AuxiliaryRecord(loss, statistics, load, probability)
