@@ -4,6 +4,7 @@ import pytest
 
 from farspan import FarspanConfig
 from farspan.errors import ConfigError
+from farspan.mixers import MIXERS
 
 
 def test_a_pattern_is_repeated_and_a_full_list_sets_the_depth() -> None:
@@ -53,7 +54,6 @@ def test_json_round_trip(tmp_path) -> None:
         ({"mixers": ["metala"], "mixer_options": {"metala": {"conv_size": 0}}}, "conv_size=0 must be at least 1"),
         ({"mixers": ["metala"], "mixer_options": {"softmax": {}}}, "options for 'softmax', which no layer uses"),
         ({"mixer_options": {"softmax": {"sliding_window": 0}}}, "sliding_window=0"),
-        ({"mixers": ["metala"], "causal": False}, "'metala' is causal only"),
     ],
 )
 def test_wrong_configurations_are_refused(fields: dict, words: str) -> None:
@@ -68,3 +68,10 @@ def test_head_sizes_are_checked_where_they_matter() -> None:
         FarspanForCausalLM(FarspanConfig(hidden_size=12, num_attention_heads=4, mixers=["metala"]))
     with pytest.raises(ConfigError, match="RoPE rotates pairs"):
         FarspanForCausalLM(FarspanConfig(hidden_size=12, num_attention_heads=4, mixers=["softmax"]))
+
+
+def test_a_causal_mixer_is_refused_where_tokens_look_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    FarspanConfig(mixers=["metala"], causal=False)
+    monkeypatch.setattr(MIXERS.get("metala")[0], "bidirectional", False)
+    with pytest.raises(ConfigError, match="'metala' is causal only"):
+        FarspanConfig(mixers=["metala"], causal=False)

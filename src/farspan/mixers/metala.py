@@ -1,5 +1,6 @@
 """MetaLA: linear attention with a decay per channel and no key of its own."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,6 +12,7 @@ from farspan.errors import ConfigError
 from farspan.mixers.base import CacheKind, Mixer, MixerShape, linear_flops
 from farspan.mixers.cache import LayerCache, StateCache
 from farspan.mixers.layout import SequenceLayout
+from farspan.ops.bidirectional import both_ways
 from farspan.ops.metala.api import metala_attention
 from farspan.ops.short_convolution.api import short_convolution
 
@@ -57,10 +59,15 @@ class MetaLAMixer(Mixer):
         a = logsigmoid(z)/τ,  k = 1 − e^a;  S_t = diag(e^{a_t}) S_{t−1} + k_tᵀ v_t
         o_t = scale · q_t S_t + sigmoid(u_t v_t),  u_t = q_t·(k_t ∘ w);  y = (SiLU(g) ∘ LayerNorm_head(o)) W_o
 
+    Bidirectional (the library's definition; the published code is causal), the convolution and the normalised o are
+    each the sum of a pass over the sequence and one over its reversal, with the same parameters; each token counts
+    itself in both. The projections and the gate run once.
+
     Cost: O(T) time; a constant cache of H·K·V float32 numbers and `conv_size` inputs.
     Source: Chou et al. 2024, arXiv 2411.10741; BICLab/MetaLA: metala/modeling_metala.py.
     """
 
+    bidirectional: ClassVar[bool] = True
     shards: ClassVar[Literal["state", "keys"] | None] = "state"
     no_weight_decay = ("augmentation", "convolution")
 
@@ -69,6 +76,7 @@ class MetaLAMixer(Mixer):
         self.layer_idx = layer_idx
         self.options = options
         self.heads = config.num_attention_heads
+        self.causal = config.causal
         width = config.hidden_size
         key_dim, value_dim = options.key_dim or width // 2, options.value_dim or width
         for name, size in (("key_dim", key_dim), ("value_dim", value_dim)):
@@ -110,21 +118,49 @@ class MetaLAMixer(Mixer):
     ) -> Tensor:
         assert cache is None or isinstance(cache, StateCache)
         x, boundaries = layout.pack(x), layout.sequences()
-        convolution_state = None
+        convolve = functools.partial(self._convolve, boundaries=boundaries, cache=cache)
+        attend = functools.partial(self._attend, boundaries=boundaries, cache=cache)
+        if not self.causal:
+            convolve, attend = (functools.partial(both_ways, run, cu_seqlens=boundaries) for run in (convolve, attend))
         if self.convolution is not None:
-            x, convolution_state = short_convolution(
-                x,
-                self.convolution,
-                initial_state=cache.get("convolution") if cache else None,
-                output_final_state=cache is not None,
-                cu_seqlens=boundaries,
-            )
-        out, recurrent_state = metala_attention(
+            x = convolve(x)
+        out = attend(
             self.q_proj(x).unflatten(-1, (self.heads, self.head_key)),
             self.decay_proj(x).unflatten(-1, (self.heads, self.head_key)),
             self.v_proj(x).unflatten(-1, (self.heads, self.head_value)),
+            None if self.k_proj is None else self.k_proj(x).unflatten(-1, (self.heads, self.head_key)),
+        )
+        return layout.unpack(self.o_proj(nn.functional.silu(self.gate_proj(x)) * out.flatten(2)))
+
+    def _convolve(self, x: Tensor, *, boundaries: Tensor | None, cache: StateCache | None) -> Tensor:
+        assert self.convolution is not None
+        x, state = short_convolution(
+            x,
+            self.convolution,
+            initial_state=cache.get("convolution") if cache else None,
+            output_final_state=cache is not None,
+            cu_seqlens=boundaries,
+        )
+        if cache is not None:
+            cache.update(convolution=state)
+        return x
+
+    def _attend(
+        self,
+        q: Tensor,
+        gate: Tensor,
+        v: Tensor,
+        key: Tensor | None,
+        *,
+        boundaries: Tensor | None,
+        cache: StateCache | None,
+    ) -> Tensor:
+        out, state = metala_attention(
+            q,
+            gate,
+            v,
             self.augmentation,
-            key=None if self.k_proj is None else self.k_proj(x).unflatten(-1, (self.heads, self.head_key)),
+            key=key,
             scale=self.options.scale,
             decay_normalizer=self.options.decay_normalizer,
             augmentation_inside=self.options.augmentation_inside,
@@ -134,8 +170,8 @@ class MetaLAMixer(Mixer):
             cu_seqlens=boundaries,
         )
         if cache is not None:
-            cache.update(convolution=convolution_state, recurrent=recurrent_state)
-        return layout.unpack(self.o_proj(nn.functional.silu(self.gate_proj(x)) * out.flatten(2)))
+            cache.update(recurrent=state)
+        return out
 
     def new_cache(self) -> LayerCache:
         return StateCache()
@@ -147,7 +183,8 @@ class MetaLAMixer(Mixer):
         # The recurrence: k_tᵀ v_t into the state and q_t S_t out of it, one multiply-add per state entry each.
         recurrence = 4.0 * self.heads * self.head_key * self.head_value
         convolution = 2.0 * self.convolution.numel() if self.convolution is not None else 0.0
-        return linear_flops(*projections) + recurrence + convolution
+        directions = 1 if self.causal else 2
+        return linear_flops(*projections) + directions * (recurrence + convolution)
 
     def state_bytes(self, length: int, dtype: torch.dtype) -> int:
         recurrent = 4 * self.heads * self.head_key * self.head_value
