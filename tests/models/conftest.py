@@ -6,6 +6,15 @@ import torch
 from farspan import FarspanConfig, FarspanForCausalLM
 
 MIXES = {
+    "collinear": {"mixers": ["collinear"]},
+    "collinear_strict": {
+        "mixers": ["collinear"],
+        "mixer_options": {"collinear": {"form": "strict", "partial_rotary_factor": 0.5, "attention_bias": True}},
+    },
+    "collinear_window": {
+        "mixers": ["collinear"],
+        "mixer_options": {"collinear": {"sliding_window": 4, "partial_rotary_factor": 0.5, "tie": "head"}},
+    },
     "metala": {"mixers": ["metala"]},
     "softmax": {"mixers": ["softmax"]},
     "hybrid": {"mixers": ["metala", "metala", "softmax"]},

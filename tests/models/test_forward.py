@@ -60,10 +60,10 @@ def test_a_row_of_padding_alone_is_finite(mix: str) -> None:
 
 
 def test_batch_permutation(mix: str) -> None:
-    model, ids = tiny(mix), _ids(3, 11)
+    model, ids = tiny(mix).double(), _ids(3, 11)  # a matrix product may round a row by its place
     order = torch.tensor([2, 0, 1])
     with torch.no_grad():
-        torch.testing.assert_close(model(ids[order]).logits, model(ids).logits[order], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(model(ids[order]).logits, model(ids).logits[order], atol=1e-12, rtol=0)
 
 
 def test_labels_are_shifted_inside(mix: str) -> None:
@@ -160,7 +160,7 @@ def test_autocast_runs_close_to_float32(mix: str) -> None:
 def test_compiled_equals_eager(mix: str) -> None:
     model, ids = tiny(mix).train(), _ids(2, 16)
     # The state operator chooses its number of levels by a value, which breaks the graph until it is one opaque node.
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=mix in ("softmax", "window"))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=mix.startswith(("collinear", "softmax", "window")))
     torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids).logits, atol=1e-5, rtol=1e-4)
     torch._dynamo.reset()
 
