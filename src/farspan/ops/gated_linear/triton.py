@@ -14,7 +14,7 @@ from torch import Tensor
 
 from farspan.ops import varlen
 from farspan.ops._contract import plain_backward
-from farspan.ops.gated_linear import kernels
+from farspan.ops.gated_linear import chunk_kernels, extreme_kernels, kernels
 
 CHUNK = 64
 # Half of the range of the log decay in a chunk up to which one factorisation serves; exp of it must fit the dtype.
@@ -30,21 +30,22 @@ INTERPRETED = not isinstance(kernels.state_kernel, triton.runtime.JITFunction)
 
 
 class Tiles(NamedTuple):
-    """Sizes of the kernels' blocks: columns of V at once, warps and stages for states, outputs and gradients."""
+    """Sizes of the kernels' blocks: columns of V at once, warps and stages."""
 
     state: tuple[int, int, int] = (64, 4, 3)
     output: tuple[int, int, int] = (128, 4, 1)
+    value_gradient: tuple[int, int, int] = (128, 4, 1)
     gradient: tuple[int, int, int] = (64, 4, 1)
 
 
 # (architecture family, padded K up to, bytes of an operand) -> tiles. The nearest older family serves an unlisted one.
 TILES = {
     (8, 64, 2): Tiles(),
-    (8, 128, 2): Tiles((64, 4, 2), (64, 8, 1), (64, 8, 1)),
-    (8, 128, 4): Tiles((32, 4, 1), (32, 8, 1), (32, 8, 1)),
+    (8, 128, 2): Tiles((64, 4, 2), (64, 8, 1), (64, 8, 1), (64, 8, 1)),
+    (8, 128, 4): Tiles((64, 4, 1), (64, 8, 1), (64, 8, 1), (64, 8, 1)),
     (9, 64, 2): Tiles(),
-    (9, 128, 2): Tiles((64, 4, 2), (64, 8, 1), (64, 8, 1)),
-    (9, 128, 4): Tiles((32, 4, 1), (32, 8, 1), (32, 8, 1)),
+    (9, 128, 2): Tiles((64, 4, 2), (64, 8, 1), (64, 8, 1), (64, 8, 1)),
+    (9, 128, 4): Tiles((64, 4, 1), (64, 8, 1), (64, 8, 1), (64, 8, 1)),
 }
 
 
@@ -209,13 +210,16 @@ class _Attention(torch.autograd.Function):
         )
         shape = _shape(q, v, columns)
         grid = (plan.chunks.shape[0], shape["H"], triton.cdiv(shape["V"], shape["BV"]))
-        for extreme in _kinds(options):
-            kernels.output_kernel[grid](
-                prepared.q, prepared.k, v, q if gate is None else gate, prepared.half, prepared.u, states, out, rstd,
-                plan.chunks, options.normalizer, options.eps, **shape, **_numbers(prepared.q, options),
-                AUGMENT=options.augment, INSIDE=options.inside, NORMALIZE=options.normalize, FAST=_fast(prepared.q),
-                LEVELS=_levels(), EXTREME=extreme,
-                num_warps=warps, num_stages=stages,
+        numbers, form = _numbers(prepared.q, options), {"AUGMENT": options.augment, "INSIDE": options.inside}
+        chunk_kernels.output_kernel[grid](
+            prepared.q, prepared.k, v, prepared.half, prepared.u, states, out, rstd, plan.chunks, options.eps,
+            **shape, **numbers, **form, NORMALIZE=options.normalize, FAST=_fast(q), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        if gate is not None:
+            extreme_kernels.extreme_output_kernel[grid](
+                prepared.q, prepared.k, v, gate, prepared.half, prepared.u, states, out, rstd, plan.chunks,
+                options.normalizer, options.eps, **shape, **numbers, **form, NORMALIZE=options.normalize,
+                FAST=_fast(q), LEVELS=_levels(), num_warps=warps, num_stages=1,
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, gate, weight, *prepared, states, out if options.normalize else None, rstd)
         ctx.plan, ctx.options = plan, options
@@ -237,16 +241,29 @@ class _Attention(torch.autograd.Function):
             d_weight = None
             if weight is not None:
                 d_weight = weight.new_empty(plan.chunks.shape[0], *weight.shape, dtype=torch.float32)
+            du = torch.empty_like(prepared.u)
+            numbers, grid = _numbers(prepared.q, options), (plan.chunks.shape[0], q.shape[2])
+            columns, warps, stages = _tiles(prepared.q).value_gradient
+            chunk_kernels.value_gradient_kernel[grid](
+                prepared.q, prepared.k, v, prepared.half, prepared.u, d_out, d_states, dv, du, plan.chunks,
+                **_shape(q, v, columns), **numbers, AUGMENT=options.augment, INSIDE=options.inside, FAST=_fast(q),
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
             columns, warps, stages = _tiles(prepared.q).gradient
-            shape = _shape(q, v, columns)
-            for extreme in _kinds(options):
-                kernels.gradient_kernel[(plan.chunks.shape[0], shape["H"])](
-                    q, q if k is None else k, prepared.q, prepared.k, v, q if gate is None else gate, prepared.half,
-                    prepared.u, q if weight is None else weight, d_out, states, d_states, dq, dq if dk is None else dk, dv,
-                    dq if d_gate is None else d_gate, dq if d_weight is None else d_weight, plan.chunks, options.scale,
-                    options.normalizer, **shape, **_numbers(prepared.q, options), **_sums(prepared.q),
-                    AUGMENT=options.augment, INSIDE=options.inside, LEVELS=_levels(),
-                    EXTREME=extreme, num_warps=warps, num_stages=stages,
+            shape, own_k, own_weight = _shape(q, v, columns), q if k is None else k, q if weight is None else weight
+            d_key, d_own_weight = dq if dk is None else dk, dq if d_weight is None else d_weight
+            chunk_kernels.gradient_kernel[grid](
+                own_k, prepared.q, prepared.k, v, q if gate is None else gate, prepared.half, own_weight, d_out,
+                states, d_states, dq, d_key, dq if d_gate is None else d_gate, du, d_own_weight, plan.chunks,
+                options.scale, options.normalizer, **shape, **numbers, **_sums(q), AUGMENT=options.augment,
+                num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+            if gate is not None:
+                extreme_kernels.extreme_gradient_kernel[grid](
+                    q, own_k, prepared.q, prepared.k, v, gate, prepared.half, prepared.u, own_weight, d_out, states,
+                    d_states, dq, d_key, dv, d_gate, d_own_weight, plan.chunks, options.scale, options.normalizer,
+                    **shape, **numbers, **_sums(q), AUGMENT=options.augment, INSIDE=options.inside, LEVELS=_levels(),
+                    num_warps=8, num_stages=1,
                 )  # fmt: skip
         if weight is not None and d_weight is not None:
             d_weight = d_weight.sum(0).to(weight.dtype)
@@ -326,7 +343,7 @@ def _norm_gradient(dy: Tensor, y: Tensor, rstd: Tensor) -> Tensor:
     d_out, rows, width = torch.empty_like(y), rstd.numel(), y.shape[-1]
     block = triton.next_power_of_2(width)
     height = max(1, 4096 // block)
-    kernels.norm_kernel[(triton.cdiv(rows, height),)](
+    chunk_kernels.norm_kernel[(triton.cdiv(rows, height),)](
         dy, y, rstd, d_out, rows, V=width, BR=height, BV=block, num_warps=4
     )
     return d_out
@@ -335,11 +352,6 @@ def _norm_gradient(dy: Tensor, y: Tensor, rstd: Tensor) -> Tensor:
 def _tiles(q: Tensor) -> Tiles:
     family = 9 if INTERPRETED else torch.cuda.get_device_capability(q.device)[0]
     return tiles(family, max(16, triton.next_power_of_2(q.shape[-1])), q.element_size())
-
-
-def _kinds(options: Options) -> tuple[bool, ...]:
-    """The launches of a kernel per chunk: moderate chunks, and those whose decays need the form for extreme ones."""
-    return (False, True) if options.decay else (False,)
 
 
 def _levels() -> int:

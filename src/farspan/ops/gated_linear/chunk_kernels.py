@@ -1,0 +1,200 @@
+"""Triton kernels with one program per chunk and head: outputs and gradients. See `kernels` for formulas and names.
+
+Chunks whose decays exceed the limit are left to `extreme_kernels`.
+"""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+from farspan.ops.gated_linear.kernels import cumsum, exp, is_extreme, key_and_decay, sigmoid
+
+
+@triton.jit
+def output_kernel(
+    q_tilde, k_tilde, v, half, u, states, out, rstd, chunks, eps,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, LIMIT: tl.constexpr, AUGMENT: tl.constexpr,
+    INSIDE: tl.constexpr, NORMALIZE: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The outputs of one chunk, with MetaLA's augmentation and norm when asked for."""
+    i_c, i_h, i_v = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    place = i_c.to(tl.int64) * H + i_h
+    if is_extreme(half, place, K, BK, DECAY, LIMIT):
+        return
+    t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
+    o_k, o_v, o_t = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, BT)
+    row = t.to(tl.int64) * H + i_h
+    m_t, m_k = (t + o_t) < last, o_k < K
+    mask = m_t[:, None] & m_k[None, :]
+    m_v = m_t[:, None] & (o_v < V)[None, :]
+    base, o_x = row * K, o_t[:, None] * (H * K) + o_k[None, :]
+    b_q = tl.load(q_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
+    b_k = tl.load(k_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
+    b_v = tl.load(v + row * V + o_t[:, None] * (H * V) + o_v[None, :], mask=m_v, other=0.0)
+    p_s = states + place * (K * V) + o_k[:, None] * V + o_v[None, :]
+    b_s = tl.load(p_s, mask=m_k[:, None] & (o_v < V)[None, :], other=0.0).to(DOT)
+    b_a = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_a = tl.where(o_t[:, None] >= o_t[None, :], b_a, 0.0).to(DOT)
+    b_o = tl.dot(b_q, b_s, input_precision=PRECISION)
+    b_o += tl.dot(b_a, b_v.to(DOT), input_precision=PRECISION)
+    if AUGMENT:
+        b_u = tl.load(u + row + o_t * H, mask=m_t, other=0.0)[:, None]
+        b_v32 = b_v.to(tl.float32)
+        b_o += sigmoid(b_u * b_v32, FAST) if INSIDE else sigmoid(b_u, FAST) * b_v32
+    if NORMALIZE:
+        b_mean = tl.sum(tl.where(m_v, b_o, 0.0), axis=1) / V
+        b_o = tl.where(m_v, b_o - b_mean[:, None], 0.0)
+        b_rstd = 1 / tl.sqrt(tl.sum(b_o * b_o, axis=1) / V + eps)
+        b_o *= b_rstd[:, None]
+        tl.store(rstd + row + o_t * H, b_rstd, mask=m_t)
+    tl.store(out + row * V + o_t[:, None] * (H * V) + o_v[None, :], b_o.to(out.dtype.element_ty), mask=m_v)
+
+
+@triton.jit
+def norm_kernel(dy, y, rstd, d_out, rows, V: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr):
+    """Gradient of the normalisation: `rstd (dy - mean(dy) - y mean(dy y))` for BR rows of V."""
+    o_r, o_v = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BV)
+    mask = (o_r < rows)[:, None] & (o_v < V)[None, :]
+    offset = o_r[:, None] * V + o_v[None, :]
+    b_dy = tl.load(dy + offset, mask=mask, other=0.0).to(tl.float32)
+    b_y = tl.load(y + offset, mask=mask, other=0.0).to(tl.float32)
+    b_rstd = tl.load(rstd + o_r, mask=o_r < rows, other=0.0)
+    b_do = b_dy - (tl.sum(b_dy, axis=1) / V)[:, None] - b_y * (tl.sum(b_dy * b_y, axis=1) / V)[:, None]
+    tl.store(d_out + offset, (b_do * b_rstd[:, None]).to(d_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def value_gradient_kernel(
+    q_tilde, k_tilde, v, half, u, d_out, d_states, dv, du, chunks,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, LIMIT: tl.constexpr, AUGMENT: tl.constexpr, INSIDE: tl.constexpr,
+    FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of v, and of MetaLA's u, of one chunk."""
+    i_c, i_h = tl.program_id(0), tl.program_id(1)
+    place = i_c.to(tl.int64) * H + i_h
+    if is_extreme(half, place, K, BK, DECAY, LIMIT):
+        return
+    t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
+    o_k, o_t = tl.arange(0, BK), tl.arange(0, BT)
+    row = t.to(tl.int64) * H + i_h
+    own = place * (K * V)
+    m_t, m_k = (t + o_t) < last, o_k < K
+    mask = m_t[:, None] & m_k[None, :]
+    base, o_x = row * K, o_t[:, None] * (H * K) + o_k[None, :]
+    b_q = tl.load(q_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
+    b_k = tl.load(k_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
+    b_at = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+    b_at = tl.where(o_t[:, None] <= o_t[None, :], b_at, 0.0).to(DOT)
+    b_du, b_u = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
+    if AUGMENT:
+        b_u += tl.load(u + row + o_t * H, mask=m_t, other=0.0)
+    for i_v in range(tl.cdiv(V, BV)):
+        o_v = i_v * BV + tl.arange(0, BV)
+        m_v = m_t[:, None] & (o_v < V)[None, :]
+        o_y = o_t[:, None] * (H * V) + o_v[None, :]
+        b_do = tl.load(d_out + row * V + o_y, mask=m_v, other=0.0)
+        o_s = o_k[:, None] * V + o_v[None, :]
+        b_ds = tl.load(d_states + own + o_s, mask=m_k[:, None] & (o_v < V)[None, :], other=0.0).to(DOT)
+        b_dv = tl.dot(b_at, b_do.to(DOT), input_precision=PRECISION)
+        b_dv = tl.dot(b_k, b_ds, b_dv, input_precision=PRECISION)
+        if AUGMENT:
+            b_v, b_do = tl.load(v + row * V + o_y, mask=m_v, other=0.0).to(tl.float32), b_do.to(tl.float32)
+            if INSIDE:
+                b_r = sigmoid(b_u[:, None] * b_v, FAST)
+                b_slope = b_do * (b_r - b_r * b_r)
+                b_dv += b_u[:, None] * b_slope
+                b_du += tl.sum(b_slope * b_v, axis=1)
+            else:
+                b_dv += tl.sigmoid(b_u)[:, None] * b_do
+                b_du += tl.sum(b_do * b_v, axis=1) * tl.sigmoid(b_u) * tl.sigmoid(-b_u)
+        tl.store(dv + row * V + o_y, b_dv.to(dv.dtype.element_ty), mask=m_v)
+    if AUGMENT:
+        tl.store(du + row + o_t * H, b_du, mask=m_t)
+
+
+@triton.jit
+def gradient_kernel(
+    k, q_tilde, k_tilde, v, gate, half, weight, d_out, states, d_states, dq, dk, d_gate, du, d_weight, chunks,
+    scale, tau,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, LIMIT: tl.constexpr, AUGMENT: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one chunk for all but v."""
+    i_c, i_h = tl.program_id(0), tl.program_id(1)
+    place = i_c.to(tl.int64) * H + i_h
+    if is_extreme(half, place, K, BK, DECAY, LIMIT):
+        return
+    t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
+    o_k, o_t = tl.arange(0, BK), tl.arange(0, BT)
+    row = t.to(tl.int64) * H + i_h
+    own = place * (K * V)
+    m_t, m_k = (t + o_t) < last, o_k < K
+    mask = m_t[:, None] & m_k[None, :]
+    base, o_x = row * K, o_t[:, None] * (H * K) + o_k[None, :]
+    b_da, b_dat = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BT], tl.float32)
+    b_dq, b_dk = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32)
+    b_kept = tl.zeros([BK], tl.float32)
+    for i_v in range(tl.cdiv(V, BV)):
+        o_v = i_v * BV + tl.arange(0, BV)
+        m_v = m_t[:, None] & (o_v < V)[None, :]
+        o_y = o_t[:, None] * (H * V) + o_v[None, :]
+        b_v = tl.load(v + row * V + o_y, mask=m_v, other=0.0).to(DOT)
+        b_do = tl.load(d_out + row * V + o_y, mask=m_v, other=0.0).to(DOT)
+        m_s = (o_v < V)[:, None] & m_k[None, :]
+        o_s = o_v[:, None] + o_k[None, :] * V
+        b_s = tl.load(states + own + o_s, mask=m_s, other=0.0).to(DOT)  # [BV, BK]
+        b_ds = tl.load(d_states + own + o_s, mask=m_s, other=0.0).to(DOT)
+        if DECAY != 0:
+            b_kept += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=0)
+        b_da = tl.dot(b_do, tl.trans(b_v), b_da, input_precision=PRECISION)
+        b_dat = tl.dot(b_v, tl.trans(b_do), b_dat, input_precision=PRECISION)
+        b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)
+        b_dk = tl.dot(b_v, b_ds, b_dk, input_precision=PRECISION)
+    # From here on, what is needed is read and computed late rather than held in registers.
+    b_da = tl.where(o_t[:, None] >= o_t[None, :], b_da, 0.0).to(DOT)
+    b_dat = tl.where(o_t[:, None] <= o_t[None, :], b_dat, 0.0).to(DOT)
+    b_q = tl.load(q_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
+    b_k = tl.load(k_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
+    if DECAY == 0:
+        b_dq = tl.dot(b_da, b_k, b_dq, input_precision=PRECISION) * scale
+        b_dk = tl.dot(b_dat, b_q, b_dk, input_precision=PRECISION)
+        tl.store(dq + base + o_x, b_dq.to(dq.dtype.element_ty), mask=mask)
+        tl.store(dk + base + o_x, b_dk.to(dk.dtype.element_ty), mask=mask)
+    else:
+        b_at_end = b_kept + tl.sum(b_k.to(tl.float32) * b_dk, axis=0)
+        b_dq = tl.dot(b_da, b_k, b_dq, input_precision=PRECISION)
+        b_dg = b_q.to(tl.float32) * b_dq
+        _, _, b_g = key_and_decay(k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, FAST)
+        b_half = tl.load(half + place * K + o_k, mask=m_k, other=0.0)
+        b_offset = cumsum(tl.where((o_t == 0)[:, None], 0.0, b_g), False, BT, FAST, PART) + b_half[None, :]
+        b_up = exp(b_offset, FAST)
+        b_dq *= b_up * scale
+        b_key = b_k.to(tl.float32) * b_up
+        if AUGMENT:
+            b_du = tl.load(du + row + o_t * H, mask=m_t, other=0.0)[:, None]
+            b_w = tl.load(weight + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
+            b_dq += b_du * b_key * b_w
+        tl.store(dq + base + o_x, b_dq.to(dq.dtype.element_ty), mask=mask)
+        b_dk = tl.dot(b_dat, b_q, b_dk, input_precision=PRECISION)
+        b_dg -= b_k.to(tl.float32) * b_dk
+        b_down = exp(-b_offset, FAST)
+        b_dk *= b_down
+        if AUGMENT:
+            b_duq = b_du * (b_q.to(tl.float32) * b_down) / scale
+            tl.store(d_weight + place * K + o_k, tl.sum(b_duq * b_key, axis=0), mask=m_k)
+            b_dk += b_duq * b_w
+        b_dg = cumsum(b_dg, True, BT, FAST, PART) + b_at_end[None, :]
+        if DECAY == 3:
+            b_z = tl.load(gate + base + o_x, mask=mask, other=0.0).to(tl.float32)
+            b_dz = (b_dg - (1 - b_key) * b_dk) * sigmoid(-b_z, FAST) * (1 / tau)
+            tl.store(d_gate + base + o_x, b_dz.to(d_gate.dtype.element_ty), mask=mask)
+        else:
+            tl.store(dk + base + o_x, b_dk.to(dk.dtype.element_ty), mask=mask)
+            if DECAY == 2:
+                tl.store(d_gate + base + o_x, b_dg.to(d_gate.dtype.element_ty), mask=mask)
+            if DECAY == 1:
+                b_sum = tl.sum(tl.where(m_k[None, :], b_dg, 0.0), axis=1)
+                tl.store(d_gate + row + o_t * H, b_sum.to(d_gate.dtype.element_ty), mask=m_t)
