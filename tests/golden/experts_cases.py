@@ -1,11 +1,12 @@
 """Runners of the feed-forward kinds: CDMoE with both routers, PEER, SEIMoE, plain and gated MLP."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from farspan.models.convert.experts import cdmoe_entries, mlp_entries, peer_entries, seimoe_entries
+from farspan.models.convert.experts import cdmoe_entries, mlp_entries, peer_entries, seimoe_entries, without_unreachable
 from farspan.models.convert.names import Entry, to_ours
 from farspan.nn.experts.cdmoe import CDMoE, CDMoEOptions
 from farspan.nn.experts.peer import PEER, PEEROptions
@@ -25,7 +26,7 @@ def gated_mlp(case: Case) -> None:
 def cdmoe_gate(case: Case, token_mixing: bool = False) -> None:
     config = case.config
     options = CDMoEOptions(
-        num_experts=config["num_experts"],
+        num_experts=_reachable(case, config["num_experts"]),
         num_experts_per_tok=config["num_experts_per_tok"],
         token_mixing=token_mixing,
         intermediate_size=config["intermediate_size"],
@@ -51,7 +52,7 @@ def cdmoe_query_key(case: Case) -> None:
         return next((found[name] for name in names if name in found), default)
 
     options = CDMoEOptions(
-        num_experts=setting("n_experts", "num_cdmoe_experts"),
+        num_experts=_reachable(case, setting("n_experts", "num_cdmoe_experts")),
         num_experts_per_tok=setting("n_experts_per_head", "num_cdmoe_experts_per_head"),
         router="query_key",
         num_expert_heads=setting("n_experts_heads", "num_cdmoe_heads"),
@@ -107,6 +108,11 @@ def _run(case: Case, module: FeedForward, entries: list[Entry]) -> None:
 
 def _mlp(case: Case) -> tuple[SimpleNamespace, MLPOptions]:
     return _shape(case.config["d_model"], case.config["act_fn"]), MLPOptions(case.config["d_ff"], bias=_has_bias(case))
+
+
+def _reachable(case: Case, experts: int) -> int:
+    case.params, case.grads = without_unreachable(case.params, experts), without_unreachable(case.grads, experts)
+    return math.isqrt(experts) ** 2
 
 
 def _has_bias(case: Case) -> bool:
