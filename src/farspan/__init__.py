@@ -13,6 +13,7 @@ from farspan._lazy import LazyValues, after_import, lazy_attributes
 
 if TYPE_CHECKING:
     from farspan.mixers.base import Mixer, register_mixer
+    from farspan.models import presets
     from farspan.models.configuration import FarspanConfig
     from farspan.models.modeling import FarspanForCausalLM, FarspanModel
     from farspan.nn.feed_forward import FeedForward, register_feed_forward
@@ -25,6 +26,7 @@ __all__ = [
     "FarspanModel",
     "FeedForward",
     "Mixer",
+    "presets",
     "register_feed_forward",
     "register_mixer",
 ]
@@ -36,6 +38,7 @@ _load = lazy_attributes(
         "FarspanModel": "farspan.models.modeling",
         "FeedForward": "farspan.nn.feed_forward",
         "Mixer": "farspan.mixers.base",
+        "presets": "farspan.models.presets",
         "register_feed_forward": "farspan.nn.feed_forward",
         "register_mixer": "farspan.mixers.base",
     }

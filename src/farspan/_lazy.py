@@ -11,12 +11,16 @@ from typing import Any
 
 
 def lazy_attributes(homes: Mapping[str, str]) -> Callable[[str, str], Any]:
-    """For a package's `__getattr__`: looks a name up in the module that `homes` gives for it."""
+    """For a package's `__getattr__`: looks a name up in the module that `homes` gives for it.
+
+    A home that ends in the name itself, such as `"farspan.models.presets"` for `presets`, is the module to return.
+    """
 
     def load(package: str, name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(homes[name]), name)
+        module = importlib.import_module(homes[name])
+        return module if homes[name].endswith(f".{name}") else getattr(module, name)
 
     return load
 

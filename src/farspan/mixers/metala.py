@@ -48,8 +48,10 @@ class MetaLAOptions:
     def __post_init__(self) -> None:
         if self.conv_size is not None and self.conv_size < 1:
             raise ConfigError(f"conv_size={self.conv_size} must be at least 1, or null for no convolution.")
-        if self.decay_normalizer <= 0:
-            raise ConfigError(f"decay_normalizer={self.decay_normalizer} must be positive; the released value is 16.")
+        for name in ("decay_normalizer", "norm_eps", "scale", "key_dim", "value_dim"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name}={value} must be positive; leave it out for the released value.")
 
 
 class MetaLAMixer(Mixer):

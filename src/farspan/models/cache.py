@@ -98,6 +98,9 @@ class FarspanCache(Cache):
         if removed > self.tokens_seen:
             raise ConfigError(f"Cannot take back {removed} tokens from a cache that has seen {self.tokens_seen}.")
         for layer in self.layers:
+            if not layer.croppable:
+                layer.crop(removed)  # refuses, before any other layer was shortened
+        for layer in self.layers:
             layer.crop(removed)
         self.tokens_seen -= removed
         if self.next_positions is not None:

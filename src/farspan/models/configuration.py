@@ -1,6 +1,5 @@
 """`FarspanConfig`: one configuration for every mix of mechanisms, checked when it is built."""
 
-import types
 import typing
 from dataclasses import field
 from typing import Any, ClassVar
@@ -11,6 +10,7 @@ from farspan.errors import ConfigError, nearest
 from farspan.mixers.base import MIXERS
 from farspan.nn.feed_forward import FEED_FORWARDS, activation
 from farspan.nn.norms import NORMS
+from farspan.nn.options import fits, words
 from farspan.nn.positions import check_rope_parameters
 
 # Words of transformers for the kinds of cache a mixer declares.
@@ -119,8 +119,8 @@ class FarspanConfig(PreTrainedConfig):
         hints = _own_fields()
         for name, hint in hints.items():
             value = getattr(self, name)
-            if not _is_a(value, hint):
-                raise ConfigError(f"{name}={value!r} is of the wrong type; accepted: {_words(hint)}.")
+            if not fits(value, hint):
+                raise ConfigError(f"{name}={value!r} is of the wrong type; accepted: {words(hint)}.")
         for name in ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"):
             _positive(name, getattr(self, name))
         for name in ("intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim"):
@@ -136,6 +136,13 @@ class FarspanConfig(PreTrainedConfig):
         if self.norm_type not in NORMS:
             raise ConfigError(f"Unknown norm_type {self.norm_type!r}: {nearest(self.norm_type, NORMS)}")
         activation(self.hidden_act)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, list) else [value]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ConfigError(
+                        f"{name}={token} is no token id; ids are 0 to vocab_size - 1 = {self.vocab_size - 1}."
+                    )
 
     def _fill_defaults(self) -> None:
         if self.head_dim is None:
@@ -211,33 +218,3 @@ def _repeated(field: str, names: list[str], depth: int) -> list[str]:
 def _positive(name: str, value: int) -> None:
     if value < 1:
         raise ConfigError(f"{name}={value} must be at least 1.")
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    """Whether a JSON-like value fits a field's annotation."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_a(value, argument) for argument in arguments)
-    if origin is list:
-        return isinstance(value, list | tuple) and all(_is_a(item, arguments[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            _is_a(k, arguments[0]) and _is_a(v, arguments[1]) for k, v in value.items()
-        )
-    if hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _words(hint: Any) -> str:
-    if hint is type(None):
-        return "null"
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_words(argument) for argument in typing.get_args(hint))
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)

@@ -22,6 +22,16 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
             f"hidden [..., D]={list(hidden.shape)}, weight [V, D]={list(weight.shape)} and labels "
             f"[...]={list(labels.shape)} do not fit: labels need hidden's leading shape and weight its last dimension."
         )
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ShapeError(f"labels are {labels.dtype}; give token ids as int64, {IGNORE_INDEX} where none is scored.")
+    # Reads a value from the device: once per call, beside a matrix product with the whole vocabulary.
+    if not torch.compiler.is_compiling() and labels.numel():
+        wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= weight.shape[0]))
+        if bool(wrong.any()):
+            raise ShapeError(
+                f"labels hold {int(labels[wrong][0])}; accepted are token ids 0 to {weight.shape[0] - 1}, and "
+                f"{IGNORE_INDEX} where nothing is scored."
+            )
 
 
 def _nll(logits: Tensor, labels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE) and its scalings, as pure functions of an explicit length.
+"""Positions as pure functions: rotary embedding (RoPE) with its scalings, xPos, ALiBi and T5's relative bias.
 
 A scaled RoPE that depends on the length takes that length as an argument, and a generation keeps one length from its
 first token to its last. Cached and uncached decoding then agree; transformers' dynamic NTK, which changes its base as
@@ -13,28 +13,30 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError, nearest
+from farspan.nn.options import fits, words
+from farspan.ops.dilated.rotation import rotate, rotation_table
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
-_KEYS = {
-    "default": {"rope_theta"},
-    "linear": {"rope_theta", "factor"},
-    "dynamic": {"rope_theta", "factor", "original_max_position_embeddings"},
+_KEYS: dict[str, dict[str, Any]] = {
+    "default": {"rope_theta": float},
+    "linear": {"rope_theta": float, "factor": float},
+    "dynamic": {"rope_theta": float, "factor": float, "original_max_position_embeddings": int | None},
     "yarn": {
-        "rope_theta",
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
+        "rope_theta": float,
+        "factor": float,
+        "original_max_position_embeddings": int | None,
+        "attention_factor": float | None,
+        "beta_fast": float | None,
+        "beta_slow": float | None,
+        "mscale": float | None,
+        "mscale_all_dim": float | None,
+        "truncate": bool,
     },
 }
 
 
 def check_rope_parameters(parameters: Mapping[str, Any]) -> None:
-    """Refuses unknown types and keys, missing factors and factors that are not above 1 (1 for `dynamic` and `yarn`).
+    """Refuses unknown types and keys, and values that no rotation can be formed from.
 
     Raises:
         ConfigError: naming the key, the value and what is accepted.
@@ -42,17 +44,27 @@ def check_rope_parameters(parameters: Mapping[str, Any]) -> None:
     kind = parameters.get("rope_type", "default")
     if kind not in ROPE_TYPES:
         raise ConfigError(f"Unknown rope_type {kind!r}: {nearest(str(kind), ROPE_TYPES)}")
-    accepted = _KEYS[kind] | {"rope_type", "partial_rotary_factor"}
-    for key in parameters:
-        if key not in accepted:
-            raise ConfigError(f"Unknown key {key!r} for rope_type {kind!r}: {nearest(str(key), accepted)}")
-    theta = parameters.get("rope_theta", 10000.0)
-    if not isinstance(theta, int | float) or theta <= 0:
-        raise ConfigError(f"rope_theta={theta!r} must be a positive number; the usual value is 10000.0.")
-    if kind != "default":
-        factor = parameters.get("factor")
-        if not isinstance(factor, int | float) or factor < 1:
-            raise ConfigError(f"rope_type {kind!r} needs a factor of at least 1, got factor={factor!r}.")
+    if "partial_rotary_factor" in parameters:
+        raise ConfigError(
+            "partial_rotary_factor is an option of the mixers here: set mixer_options.softmax.partial_rotary_factor."
+        )
+    for key, value in parameters.items():
+        if key == "rope_type":
+            continue
+        if key not in _KEYS[kind]:
+            raise ConfigError(f"Unknown key {key!r} for rope_type {kind!r}: {nearest(str(key), _KEYS[kind])}")
+        if not fits(value, _KEYS[kind][key]):
+            raise ConfigError(
+                f"rope_parameters: {key}={value!r} is of the wrong type; accepted: {words(_KEYS[kind][key])}."
+            )
+        if value is not None and not isinstance(value, bool) and value <= 0:
+            raise ConfigError(f"rope_parameters: {key}={value!r} must be a positive number.")
+    if parameters.get("rope_theta", 10000.0) <= 1:
+        raise ConfigError(f"rope_theta={parameters['rope_theta']!r} must be above 1; the usual value is 10000.0.")
+    if kind != "default" and parameters.get("factor", 0) < 1:
+        raise ConfigError(f"rope_type {kind!r} needs a factor of at least 1, got factor={parameters.get('factor')!r}.")
+    if (parameters.get("beta_fast") or 32.0) <= (parameters.get("beta_slow") or 1.0):
+        raise ConfigError("rope_parameters: beta_fast (turns of the fast pairs, 32) must be above beta_slow (1).")
 
 
 def rope_frequencies(
@@ -153,3 +165,140 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False)
     first, second = pairs.unbind(axis)
     rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=axis).flatten(-2).to(x.dtype)
     return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)
+
+
+# Products of a query and a key stay finite in float32 below e^88.
+_LARGEST_EXPONENT = 85.0
+
+
+def xpos_scales(head_dim: int) -> Tensor:
+    """ζ_j = (2j + 0.4 K) / (1.4 K), the decay of each channel pair per `scale_base` tokens.
+
+    Args:
+        head_dim: K, even.
+
+    Returns:
+        `[K/2]` float64, rising from 0.286 towards 1.
+    """
+    return (torch.arange(0, head_dim, 2, dtype=torch.float64) + 0.4 * head_dim) / (1.4 * head_dim)
+
+
+def xpos_rates(head_dim: int, scale_base: float, reach: int = 0) -> tuple[Tensor, Tensor]:
+    """What xPos does to a channel pair per position: angle 10000^(−2j/K) and log-growth ln(ζ_j) / `scale_base`.
+
+    Args:
+        head_dim: K, even.
+        scale_base: tokens over which pair j decays by ζ_j; 512 in the source.
+        reach: widest span of positions that share one centre (a segment); checked for overflow.
+
+    Returns:
+        frequencies and growth, `[K/2]` float64, as `dilated_attention` takes them.
+
+    Raises:
+        ConfigError: when a span of `reach` positions would leave the range of float32.
+
+    Source: Sun et al. 2022, arXiv 2212.10554; microsoft/torchscale: torchscale/component/xpos_relative_position.py.
+    """
+    frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    # ζ_0 = 2/7 decays fastest.
+    steepest = math.log(3.5)
+    if reach * steepest > _LARGEST_EXPONENT * scale_base:
+        raise ConfigError(
+            f"xPos over segments of {reach} tokens overflows float32 with xpos_scale_base={scale_base:g}; use at least "
+            f"{math.ceil(reach * steepest / _LARGEST_EXPONENT)}, or shorter segments."
+        )
+    return frequencies, xpos_scales(head_dim).log() / scale_base
+
+
+def apply_xpos(
+    x: Tensor, positions: Tensor, scale_base: float = 512.0, *, key: bool = False, centre: float = 0.0
+) -> Tensor:
+    """xPos: rotates channel pairs (2j, 2j + 1) and scales them by ζ_j^{±(p − centre)/scale_base}, − for keys.
+
+    Scores depend on the distance of query and key alone, whatever the centre; one near the positions keeps them finite.
+
+    Args:
+        x: `[B, T, H, K]`.
+        positions: `[B, T]`.
+        scale_base: tokens over which pair j decays by ζ_j.
+        key: whether x are keys.
+        centre: the position with scale 1; the source takes ⌈P/2⌉ of P positions.
+
+    Returns:
+        `[B, T, H, K]` float32 (float64 for float64 input).
+
+    Source: as `xpos_rates`.
+    """
+    frequencies, growth = (rate.to(x.device) for rate in xpos_rates(x.shape[-1], scale_base))
+    turned = rotation_table(positions, frequencies, torch.zeros_like(growth))
+    scaled = rotation_table(positions - centre, torch.zeros_like(growth), growth, key=key)
+    return rotate(x, (turned * scaled).unsqueeze(2))
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """2^(−8(j + 1)/H) for head j, `[H]` float32.
+
+    Source: Press et al. 2022, arXiv 2108.12409.
+    """
+    return 2.0 ** (-8.0 * torch.arange(1, heads + 1) / heads)
+
+
+def alibi_bias(heads: int, reach: int) -> Tensor:
+    """ALiBi by distance d = key − query: −slope_h·|d|.
+
+    Args:
+        heads: H.
+        reach: M, number of distances on either side, 0 included.
+
+    Returns:
+        `[H, 2M − 1]` float32, distance d at index M − 1 + d.
+    """
+    return -alibi_slopes(heads).unsqueeze(1) * torch.arange(1 - reach, reach).abs()
+
+
+def relative_position_bucket(
+    relative: Tensor, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True
+) -> Tensor:
+    """T5's bucket of a distance: the first half of the buckets holds one distance each, the rest grows logarithmically.
+
+    With n = −relative (bidirectional: |n|, keys ahead of the query in the second half of the buckets; otherwise keys
+    ahead count as n = 0) and e half of the buckets of one direction: n for n < e, else
+    e + ⌊ln(n/e) / ln(max_distance/e) · (buckets − e)⌋, at most buckets − 1.
+
+    Args:
+        relative: integer tensor, key position − query position.
+        num_buckets: of both directions together.
+        max_distance: from here on all distances share the last bucket.
+        bidirectional: whether keys ahead of the query have buckets of their own.
+
+    Returns:
+        int64 tensor of the same shape.
+
+    Source: Raffel et al. 2020, arXiv 1910.10683; microsoft/torchscale: component/relative_position_bias.py.
+    """
+    behind, ahead = -relative, torch.zeros_like(relative)
+    if bidirectional:
+        num_buckets //= 2
+        ahead = (behind < 0).long() * num_buckets
+        behind = behind.abs()
+    else:
+        behind = behind.clamp(min=0)
+    exact = num_buckets // 2
+    ratio = torch.log(behind.clamp(min=1).float() / exact) / math.log(max_distance / exact)
+    far = (exact + (ratio * (num_buckets - exact)).long()).clamp(max=num_buckets - 1)
+    return ahead + torch.where(behind < exact, behind, far)
+
+
+def relative_position_bias(weight: Tensor, reach: int, max_distance: int = 128, bidirectional: bool = True) -> Tensor:
+    """T5's learnt bias by distance d = key − query: weight[bucket(d), h].
+
+    Args:
+        weight: `[num_buckets, H]`.
+        reach: M, number of distances on either side, 0 included.
+        max_distance, bidirectional: as `relative_position_bucket`.
+
+    Returns:
+        `[H, 2M − 1]` in weight's dtype, distance d at index M − 1 + d; differentiable.
+    """
+    distances = torch.arange(1 - reach, reach, device=weight.device)
+    return weight[relative_position_bucket(distances, weight.shape[0], max_distance, bidirectional)].T

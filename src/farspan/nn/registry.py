@@ -2,10 +2,12 @@
 
 import dataclasses
 import importlib
+import typing
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 from farspan.errors import ConfigError, nearest
+from farspan.nn.options import fits, words
 
 Block = TypeVar("Block")
 
@@ -59,13 +61,12 @@ class Registry(Generic[Block]):
     def build_options(self, name: str, values: Mapping[str, Any] | None) -> Any:
         """The options of `name` with `values` over their defaults; unknown keys and wrong values are refused."""
         _, options = self.get(name)
-        fields = [field.name for field in dataclasses.fields(options)]
-        for key in values or {}:
-            if key not in fields:
-                raise ConfigError(f"Unknown option {key!r} of {self.what} {name!r}: {nearest(key, fields)}")
-        try:
-            return options(**(values or {}))
-        except TypeError as error:
-            raise ConfigError(
-                f"The options of {self.what} {name!r} cannot be built from {values!r}: {error}"
-            ) from error
+        hints = typing.get_type_hints(options)
+        for key, value in (values or {}).items():
+            if key not in hints:
+                raise ConfigError(f"Unknown option {key!r} of {self.what} {name!r}: {nearest(key, hints)}")
+            if not fits(value, hints[key]):
+                raise ConfigError(
+                    f"Option {key}={value!r} of {self.what} {name!r} is of the wrong type; accepted: {words(hints[key])}."
+                )
+        return options(**(values or {}))

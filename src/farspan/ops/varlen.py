@@ -28,6 +28,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, length: int, *, name: str = "cu_seqlens
     Raises:
         ShapeError: wrong dtype or rank, or the values do not rise from 0 to N.
     """
+    if not isinstance(cu_seqlens, Tensor):
+        raise ShapeError(f"{name} is a {type(cu_seqlens).__name__}; expected an int32 tensor [num_seqs + 1].")
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ShapeError(
             f"{name} is {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}; expected int32 [num_seqs + 1]."
@@ -67,7 +69,9 @@ def from_lengths(lengths: Tensor) -> Tensor:
 
 
 def from_position_ids(position_ids: Tensor) -> Tensor:
-    """Boundaries of documents whose positions restart: a document begins wherever the position does not rise by one.
+    """Boundaries of documents whose positions restart: a document begins wherever the position does not rise.
+
+    Positions may skip numbers inside a document, as in training for longer contexts than a sequence holds.
 
     Args:
         position_ids: `[N]` or `[1, N]` integer.
@@ -87,7 +91,7 @@ def from_position_ids(position_ids: Tensor) -> Tensor:
         raise ShapeError(f"position_ids has shape {list(position_ids.shape)}; packed documents need [N] or [1, N].")
     if flat.numel() == 0:
         return torch.zeros(1, dtype=torch.int32, device=flat.device)
-    inside = torch.nonzero(flat[1:] != flat[:-1] + 1).squeeze(-1) + 1
+    inside = torch.nonzero(flat[1:] <= flat[:-1]).squeeze(-1) + 1
     ends = flat.new_tensor([flat.numel()])
     return torch.cat([flat.new_zeros(1), inside, ends]).to(torch.int32)
 
