@@ -252,6 +252,6 @@ class SSDMixer(Mixer):
         return linear_flops(*projections) + (recurrence + convolution) * (1 if self.causal else 2)
 
     def state_bytes(self, length: int, dtype: torch.dtype) -> int:
-        recurrent = 4 * self.heads * self.state_size * self.head_value
+        recurrent = max(torch.float32.itemsize, dtype.itemsize) * self.heads * self.state_size * self.head_value
         convolution = self.convolution.numel() * dtype.itemsize if self.convolution is not None else 0
         return recurrent + convolution
