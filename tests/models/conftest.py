@@ -15,6 +15,11 @@ MIXES = {
         "mixers": ["collinear"],
         "mixer_options": {"collinear": {"sliding_window": 4, "partial_rotary_factor": 0.5, "tie": "head"}},
     },
+    "cosine": {"mixers": ["cosine"]},
+    "cosine_gpt": {
+        "mixers": ["cosine"],
+        "mixer_options": {"cosine": {"rope_interleaved": True, "partial_rotary_factor": 0.5, "attention_bias": True}},
+    },
     "metala": {"mixers": ["metala"]},
     "softmax": {"mixers": ["softmax"]},
     "hybrid": {"mixers": ["metala", "metala", "softmax"]},

@@ -126,7 +126,7 @@ def test_sampling_is_seeded(mix: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": "self"}])
-@pytest.mark.parametrize("stateful", ["metala", "hybrid", "window"])
+@pytest.mark.parametrize("stateful", ["cosine", "metala", "hybrid", "window"])
 def test_assisted_decoding_is_refused_where_a_state_cannot_roll_back(stateful: str, options: dict) -> None:
     model, ids = tiny(stateful), _prompt(rows=1)
     if "assistant_model" in options:
@@ -160,7 +160,7 @@ def test_dynamic_rope_has_no_memory_of_longer_calls() -> None:
 
 def test_cache_kinds_report_what_they_hold() -> None:
     ids = _prompt(length=30)
-    for name, bounded in (("metala", True), ("window", True), ("softmax", False)):
+    for name, bounded in (("cosine", True), ("metala", True), ("window", True), ("softmax", False)):
         model = tiny(name)
         cache = model.new_cache()
         sizes = []
@@ -174,7 +174,7 @@ def test_cache_kinds_report_what_they_hold() -> None:
 
 def test_state_bytes_equal_the_allocation() -> None:
     ids = _prompt(rows=1, length=9)
-    for name in ("metala", "window", "softmax"):
+    for name in ("cosine", "metala", "window", "softmax"):
         model = tiny(name)
         cache = model.new_cache()
         with torch.no_grad():

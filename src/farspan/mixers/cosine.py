@@ -64,7 +64,6 @@ class CosineMixer(Mixer):
 
     bidirectional: ClassVar[bool] = True
     shards: ClassVar[Literal["state", "keys"] | None] = "state"
-    no_weight_decay = ("length_exponent",)
 
     def __init__(self, config: MixerShape, options: CosineOptions, layer_idx: int) -> None:
         super().__init__()
