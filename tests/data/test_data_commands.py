@@ -49,6 +49,7 @@ MISTAKES = {
     "inspect an empty directory": (["inspect", "EMPTY"], "no files found there"),
     "inspect a missing token file": (["inspect", "EMPTY/a.bin"], "a.idx does not exist"),
     "inspect a truncated dataset": (["inspect", "CUT"], "has 100 bytes but train.idx describes"),
+    "inspect a token outside the vocabulary": (["inspect", "WILD"], "valid.bin is damaged: token 3 is 65535"),
     "inspect a dataset without its json": (["inspect", "HEADLESS"], "has no dataset.json"),
     "inspect a bad json line": (["inspect", "BAD.jsonl"], "line 1: not valid JSON"),
     "prepare an empty directory": (["prepare", "--corpus", "EMPTY", "--out", "OUT"], "no files found there"),
@@ -57,6 +58,7 @@ MISTAKES = {
         "did you mean 'python-stdlib'",
     ),
     "prepare with a bad tokenizer": (["prepare", "--tokenizer", "bpe", "--out", "OUT"], "use 'byte', 'bpe:N'"),
+    "prepare with a huge tokenizer": (["prepare", "--tokenizer", f"bpe:{10**20}", "--out", "OUT"], "at most 2147483648"),
     "prepare with an empty tokenizer": (["prepare", "--tokenizer", "EMPTY", "--out", "OUT"], "holds no tokenizer"),
     "prepare with bad fractions": (["prepare", "--valid-fraction", "2", "--out", "OUT"], "split fractions"),
     "prepare without workers": (["prepare", "--workers", "0", "--out", "OUT"], "workers=0"),
@@ -78,10 +80,13 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     Path("EMPTY").mkdir()
     Path("BAD.jsonl").write_text("{")
-    for name in ("CUT", "HEADLESS"):
+    for name in ("CUT", "HEADLESS", "WILD"):
         shutil.copytree(dataset.directory, name)
     os.truncate("CUT/train.bin", 100)
     Path("HEADLESS/dataset.json").unlink()
+    with Path("WILD/valid.bin").open("r+b") as file:
+        file.seek(6)
+        file.write(b"\xff\xff")
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     arguments, message = MISTAKES[case]
     assert run(*arguments) == 2

@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import shutil
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farspan.data.dataset import PreparedDataset
+from farspan.data.dataset import PreparedDataset, open_dataset
 from farspan.data.loader import PackedWindows, make_loader
 from farspan.errors import CheckpointError, ConfigError, DataError
 
@@ -177,3 +179,14 @@ def test_bad_options_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         source(dataset, **options)
+
+
+def test_a_token_outside_the_vocabulary_is_named_with_its_place(dataset: PreparedDataset, tmp_path: Path) -> None:
+    damaged = open_dataset(shutil.copytree(dataset.directory, tmp_path / "damaged"))
+    tokens = np.memmap(tmp_path / "damaged" / "train.bin", dtype=np.uint16, mode="r+")
+    tokens[100] = 258
+    loader = make_loader(damaged, "train", sequence_length=len(tokens) - 1, batch_size=1)
+    with pytest.raises(DataError, match=r"train\.bin is damaged: token 100 is 258, and the vocabulary has 258 entries"):
+        next(iter(loader))
+    with pytest.raises(DataError, match=r"train\.bin is damaged: token 100 is 258"):
+        list(damaged.documents("train"))

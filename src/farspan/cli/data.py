@@ -20,6 +20,7 @@ from farspan.data.prepare import prepare
 _HEAD_LINES = 12
 _HEAD_TOKENS = 400
 _HEAD_IDS = 64
+_READ_TOKENS = 1 << 24
 
 
 def prepare_command(
@@ -95,7 +96,12 @@ def _show_dataset(dataset: PreparedDataset) -> None:
     for name, counts in about.splits.items():
         per_token = counts.bytes / counts.tokens if counts.tokens else 0.0
         rows.append([name, *_numbers(counts.documents, counts.tokens, counts.bytes), f"{per_token:.2f}"])
-        lengths[name] = np.diff(dataset.split(name).starts) if counts.documents else np.zeros(0)
+        lengths[name] = np.zeros(0)
+        if counts.documents:
+            split = dataset.split(name)
+            lengths[name] = np.diff(split.starts)
+            for start in range(0, counts.tokens, _READ_TOKENS):
+                split.read(start, start + _READ_TOKENS)  # refuses what is not in the vocabulary
     _print_table(f"Dataset {dataset.directory}", ["split", "documents", "tokens", "bytes", "bytes/token"], rows)
     _print_lengths("tokens", lengths)
     _print_facts(

@@ -128,10 +128,12 @@ class Split:
         data: its token file.
         bytes: int64 `[documents]`, UTF-8 bytes of each text.
         starts: int64 `[documents + 1]`, where each document starts in ``data.tokens``; the last entry is the end.
+        vocab_size: number of ids that its tokens may have.
     """
 
-    def __init__(self, directory: Path, name: str, counts: SplitCounts) -> None:
+    def __init__(self, directory: Path, name: str, counts: SplitCounts, vocab_size: int) -> None:
         self.name = name
+        self.vocab_size = vocab_size
         path = bytes_path(directory / name)
         self.data = IndexedDataset(directory / name)
         try:
@@ -149,7 +151,22 @@ class Split:
     def documents(self) -> Iterator[TokenDocument]:
         """The documents in order, whole."""
         for index, (start, end) in enumerate(zip(self.starts[:-1], self.starts[1:], strict=True)):
-            yield TokenDocument(index, self.data.tokens[start:end].astype(np.int64), int(self.bytes[index]))
+            yield TokenDocument(index, self.read(int(start), int(end)), int(self.bytes[index]))
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Tokens ``start .. end - 1`` of the split as int64.
+
+        Raises:
+            DataError: when one of them is not in the vocabulary; the message names the file and the place.
+        """
+        tokens: np.ndarray = self.data.tokens[start:end].astype(np.int64)
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab_size:
+            place = int(((tokens < 0) | (tokens >= self.vocab_size)).argmax())
+            raise DataError(
+                f"{bin_path(self.data.prefix)} is damaged: token {start + place} is {tokens[place]}, and the "
+                f"vocabulary has {self.vocab_size} entries. Prepare the data again."
+            )
+        return tokens
 
 
 class PreparedDataset:
@@ -169,7 +186,8 @@ class PreparedDataset:
 
     @cached_property
     def _splits(self) -> dict[str, Split]:
-        return {name: Split(self.directory, name, counts) for name, counts in self.metadata.splits.items()}
+        vocab_size = self.metadata.vocab_size
+        return {name: Split(self.directory, name, counts, vocab_size) for name, counts in self.metadata.splits.items()}
 
     def split(self, name: str) -> Split:
         """The split called `name`, its files checked.

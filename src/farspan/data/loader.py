@@ -119,11 +119,15 @@ class PackedWindows(IterableDataset[dict[str, torch.Tensor]]):
         return {"tokens": len(self.split.data.tokens), "sequence_length": self.sequence_length, "seed": self.seed}
 
     def batch(self, first: int) -> dict[str, torch.Tensor]:
-        """This rank's batch of the global samples ``first .. first + batch_size · world_size - 1``."""
+        """This rank's batch of the global samples ``first .. first + batch_size · world_size - 1``.
+
+        Raises:
+            DataError: when it holds a token that is not in the vocabulary.
+        """
         length = self.sequence_length
         samples = range(first + self.rank, first + self.batch_size * self.world_size, self.world_size)
         starts = [self.window_start(sample) for sample in samples]
-        tokens = np.stack([self.split.data.tokens[start : start + length + 1] for start in starts]).astype(np.int64)
+        tokens = np.stack([self.split.read(start, start + length + 1) for start in starts])
         restarts = [np.arange(len(starts)) * length]
         if self.separate_documents:
             ends = self.split.starts[1:] - 1

@@ -23,6 +23,7 @@ END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = "<|pad|>"
 _CUT = re.compile(r"(?<=[^\W_])\n")
 SMALLEST_VOCABULARY = 258  # 256 bytes and the two tokens above
+LARGEST_VOCABULARY = 2**31  # token files hold int32
 
 
 def byte_tokenizer() -> "PreTrainedTokenizerFast":
@@ -47,7 +48,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast
             have not enough pairs to merge.
 
     Raises:
-        ConfigError: when `vocab_size` is too small.
+        ConfigError: when `vocab_size` is too small or too large.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -95,7 +96,7 @@ def bpe_size(spec: str) -> int | None:
     """N if `spec` asks for a BPE that has to be trained (``bpe:N``), None if not.
 
     Raises:
-        ConfigError: when N is too small.
+        ConfigError: when N is too small or too large.
     """
     if not re.fullmatch(r"bpe:\d+", spec):
         return None
@@ -158,8 +159,11 @@ def pieces(text: str, size: int = 1 << 18) -> Iterator[str]:
 
 
 def _check_size(size: int) -> None:
-    if size < SMALLEST_VOCABULARY:
-        raise ConfigError(f"a byte-level BPE of {size} tokens is not possible; use {SMALLEST_VOCABULARY} or more.")
+    if not SMALLEST_VOCABULARY <= size <= LARGEST_VOCABULARY:
+        raise ConfigError(
+            f"a byte-level BPE of {size} tokens is not possible; use {SMALLEST_VOCABULARY} or more, "
+            f"at most {LARGEST_VOCABULARY}."
+        )
 
 
 def _byte_level(tokenizer: "Tokenizer", split_words: bool) -> "PreTrainedTokenizerFast":

@@ -106,7 +106,7 @@ def split_bytes(dataset: "PreparedDataset", split: str, limit: int = MAX_BYTES) 
     wanted = None if total <= limit else max(1, len(part) * limit // total)
     texts, room = [], limit
     for index in spread(len(part), wanted):
-        tokens = part.data.tokens[part.starts[index] : part.starts[index + 1] - 1]
+        tokens = part.read(int(part.starts[index]), int(part.starts[index + 1]) - 1)
         text = str(tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False)).encode()[:room]
         room -= len(text)
         texts.append(text)
