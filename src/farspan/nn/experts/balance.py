@@ -36,14 +36,14 @@ def load_balance(load: Tensor, probability: Tensor) -> Tensor:
     return load.numel() * (load * probability).sum()
 
 
-def token_shares(x: Tensor, keep: Tensor | None) -> Tensor:
-    """The weight of each token of `[N, D]` in a mean over the real ones: `[N]` in float32, summing to 1, 0 at padding.
+def token_shares(probability: Tensor, keep: Tensor | None) -> Tensor:
+    """The weight of each token in a mean over the real ones: `[N]`, summing to 1, 0 at padding.
 
     Args:
-        x: the tokens.
+        probability: `[N, ...]`, what is to be averaged; gives number, dtype and device.
         keep: `[N]` bool, True for real tokens; None means all.
     """
-    counted = torch.ones(len(x), device=x.device) if keep is None else keep.float()
+    counted = probability.new_ones(len(probability)) if keep is None else keep.to(probability.dtype)
     return counted / counted.sum().clamp(min=1)
 
 
@@ -68,9 +68,8 @@ def balance_record(
         - `router_entropy`: entropy of the router's distribution per token on the same scale.
     """
     experts, slots = probability.numel(), expert_ids.shape[-1]
-    weights = (shares / slots).to(probability.dtype).unsqueeze(-1).expand_as(expert_ids)
-    load = torch.zeros_like(probability, requires_grad=False)
-    load = load.scatter_add(0, expert_ids.flatten(), weights.flatten())
+    weights = (shares / slots).unsqueeze(-1).expand_as(expert_ids)
+    load = torch.zeros_like(probability).scatter_add(0, expert_ids.flatten(), weights.flatten())
     largest = math.log(max(experts, 2))
     statistics = {
         "experts_used": (load > 0).to(load.dtype).mean(),

@@ -11,6 +11,7 @@ from farspan.errors import ConfigError, nearest
 from farspan.nn.experts.balance import balance_record, token_shares
 from farspan.nn.experts.routers import GateRouter, QueryKeyRouter
 from farspan.nn.feed_forward import AuxiliaryRecord, FeedForwardShape, activation
+from farspan.ops._contract import without_autocast
 from farspan.ops.experts.api import product_key_topk, retrieved_experts
 
 ROUTERS = ("gate", "query_key")
@@ -164,15 +165,16 @@ class RetrievedExperts(nn.Module):
             tokens, expert_ids.flatten(1), weights.flatten(1), self.down, self.up, activation=self.activation
         )
         keep = None if padding_mask is None else padding_mask.flatten()
-        return y.view(x.shape), self._record(tokens, routing, keep) if self.training else None
+        return y.view(x.shape), self._record(routing, keep) if self.training else None
 
-    def _record(self, x: Tensor, routing: Routing, keep: Tensor | None) -> AuxiliaryRecord:
+    def _record(self, routing: Routing, keep: Tensor | None) -> AuxiliaryRecord:
         # The softmax over all sums of two scores is the product of the softmaxes over either.
         axes = [torch.log_softmax(s.to(routing.weights.dtype), dim=-1) for s in (routing.scores_x, routing.scores_y)]
         px, py = (axis.exp() for axis in axes)
-        shares = token_shares(x, keep).to(px.dtype)
+        shares = token_shares(px, keep)
         share = (shares / px.shape[1]).view(-1, 1, 1)
-        probability = (px * share).flatten(0, 1).mT @ py.flatten(0, 1)
+        with without_autocast(px):
+            probability = (px * share).flatten(0, 1).mT @ py.flatten(0, 1)
         entropy = -(share * (px * axes[0] + py * axes[1])).sum()
         return balance_record(
             routing.expert_ids.flatten(1), shares, probability.flatten(), entropy, self.options.router_aux_loss_coef

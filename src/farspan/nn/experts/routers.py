@@ -49,10 +49,9 @@ class GateRouter(nn.Module):
         width: model width D.
         keys: number of keys per axis P.
         token_mixing: False gives each token its own scores: the first half of its row for x, the second for y. True
-            reproduces released Doge checkpoints, which read all rows of the batch as one list of half rows, take its
-            first half as x and its second as y: token t is routed by half t mod 2 of token t // 2 for x, and by that
-            of token (N + t) // 2 for y. It then depends on other tokens, on later ones, on other sequences of the
-            batch and on padding.
+            reproduces released Doge checkpoints, which read the rows of all N tokens as one list of 2·N half rows:
+            token t takes half row t for x, which is of token t // 2, and half row N + t for y, of token (N + t) // 2.
+            It then depends on other tokens, on later ones, on other sequences of the batch and on padding.
 
     Cost: 4·D·P operations a token.
     Source: transformers: models/doge (token_mixing=True); flash-algo/flash-sparse-attention: examples/modeling (False).
