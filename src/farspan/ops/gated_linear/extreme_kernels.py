@@ -1,7 +1,8 @@
 """Triton kernels for chunks of extreme decays, which the factorisation about the centre of the chunk cannot hold.
 
 Rows of second halves meet columns of first halves, for halves of 32, 16, ..., 1 rows, so that all exponents are <= 0.
-These kernels are launched over all chunks and leave moderate ones at once: their size never burdens the common case.
+These kernels are launched over all chunks, many to a program, and leave moderate ones alone: their size never burdens
+the common case.
 """
 
 # mypy: ignore-errors
@@ -9,6 +10,8 @@ import triton
 import triton.language as tl
 
 from farspan.ops.gated_linear.kernels import cumsum, is_extreme, key_and_decay, sigmoid
+
+MANY = tl.constexpr(16)
 
 
 @triton.jit
@@ -33,17 +36,14 @@ def _pairs(o_t, size):
 
 
 @triton.jit
-def extreme_output_kernel(
-    q_tilde, k_tilde, v, gate, half, u, states, out, rstd, chunks, tau, eps,
+def _extreme_output(
+    i_c, i_h, i_v, q, k, q_tilde, v, gate, half, u, states, out, rstd, chunks, scale, tau, eps,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.constexpr, AUGMENT: tl.constexpr,
     INSIDE: tl.constexpr, NORMALIZE: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As `output_kernel`, for an extreme chunk."""
-    i_c, i_h, i_v = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """One extreme chunk of `extreme_output_kernel`."""
     place = i_c.to(tl.int64) * H + i_h
-    if not is_extreme(half, place, K, BK, DECAY, LIMIT):
-        return
     t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
     o_k, o_v, o_t = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, BT)
     row = t.to(tl.int64) * H + i_h
@@ -51,13 +51,12 @@ def extreme_output_kernel(
     mask = m_t[:, None] & m_k[None, :]
     m_v = m_t[:, None] & (o_v < V)[None, :]
     o_x = row * K + o_t[:, None] * (H * K) + o_k[None, :]
+    b_q32 = tl.load(q + o_x, mask=mask, other=0.0).to(tl.float32) * scale
     b_q = tl.load(q_tilde + o_x, mask=mask, other=0.0).to(DOT)
-    b_k = tl.load(k_tilde + o_x, mask=mask, other=0.0).to(DOT)
     b_v = tl.load(v + row * V + o_t[:, None] * (H * V) + o_v[None, :], mask=m_v, other=0.0)
     p_s = states + place * (K * V) + o_k[:, None] * V + o_v[None, :]
     b_s = tl.load(p_s, mask=m_k[:, None] & (o_v < V)[None, :], other=0.0).to(DOT)
-    _, _, b_g = key_and_decay(k_tilde, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, 0)
-    b_q32, b_k32 = b_q.to(tl.float32), b_k.to(tl.float32)
+    _, b_k32, b_g = key_and_decay(k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, 0)
     b_a = tl.where(o_t[:, None] == o_t[None, :], tl.sum(b_q32 * b_k32, axis=1)[:, None], 0.0)
     for level in range(LEVELS):
         size = BT >> (level + 1)
@@ -65,7 +64,6 @@ def extreme_output_kernel(
         b_up, b_down = (b_q32 * b_since).to(DOT), (b_k32 * b_until).to(DOT)
         b_part = tl.dot(b_up, tl.trans(b_down), input_precision=PRECISION)
         b_a += tl.where(_pairs(o_t, size), b_part, 0.0)
-    b_q = (b_q32 * tl.exp(tl.cumsum(b_g, axis=0))).to(DOT)
     b_a = tl.where(o_t[:, None] >= o_t[None, :], b_a, 0.0).to(DOT)
     b_o = tl.dot(b_q, b_s, input_precision=PRECISION)
     b_o += tl.dot(b_a, b_v.to(DOT), input_precision=PRECISION)
@@ -83,18 +81,38 @@ def extreme_output_kernel(
 
 
 @triton.jit
-def extreme_gradient_kernel(
-    q, k, q_tilde, k_tilde, v, gate, half, u, weight, d_out, states, d_states, dq, dk, dv, d_gate, d_weight, chunks,
-    scale, tau,
+def extreme_output_kernel(
+    q, k, q_tilde, v, gate, half, u, states, out, rstd, chunks, count, scale, tau, eps,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.constexpr, AUGMENT: tl.constexpr,
+    INSIDE: tl.constexpr, NORMALIZE: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `output_kernel`, for the extreme ones among `MANY` chunks."""
+    i_h, i_v = tl.program_id(1), tl.program_id(2)
+    first, o_c, o_k = tl.program_id(0) * MANY, tl.arange(0, MANY), tl.arange(0, BK)
+    mask = ((first + o_c) < count)[:, None] & (o_k < K)[None, :]
+    offset = ((first + o_c).to(tl.int64) * H + i_h)[:, None] * K + o_k[None, :]
+    if tl.max(tl.max(tl.load(half + offset, mask=mask, other=0.0), axis=1), axis=0) > LIMIT:
+        for i in range(tl.minimum(MANY, count - first)):
+            i_c = first + i
+            if is_extreme(half, i_c.to(tl.int64) * H + i_h, K, BK, DECAY, LIMIT):
+                _extreme_output(
+                    i_c, i_h, i_v, q, k, q_tilde, v, gate, half, u, states, out, rstd, chunks, scale,
+                    tau, eps, H, K, V, BT, BK, BV, DECAY, LIMIT, LEVELS, AUGMENT, INSIDE, NORMALIZE,
+                    FAST, DOT, PRECISION,
+                )  # fmt: skip
+
+
+@triton.jit
+def _extreme_gradient(
+    i_c, i_h, q, k, q_tilde, k_tilde, v, gate, half, u, weight, d_out, states, d_states, dq, dk, dv, d_gate, d_weight,
+    chunks, scale, tau,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.constexpr, AUGMENT: tl.constexpr,
     INSIDE: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As `value_gradient_kernel` and `gradient_kernel`, for an extreme chunk."""
-    i_c, i_h = tl.program_id(0), tl.program_id(1)
+    """One extreme chunk of `extreme_gradient_kernel`."""
     place = i_c.to(tl.int64) * H + i_h
-    if not is_extreme(half, place, K, BK, DECAY, LIMIT):
-        return
     t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
     o_k, o_t = tl.arange(0, BK), tl.arange(0, BT)
     row = t.to(tl.int64) * H + i_h
@@ -102,12 +120,10 @@ def extreme_gradient_kernel(
     m_t, m_k = (t + o_t) < last, o_k < K
     mask = m_t[:, None] & m_k[None, :]
     o_x = row * K + o_t[:, None] * (H * K) + o_k[None, :]
-    b_q = tl.load(q_tilde + o_x, mask=mask, other=0.0).to(DOT)
-    b_k = tl.load(k_tilde + o_x, mask=mask, other=0.0).to(DOT)
+    b_q32 = tl.load(q + o_x, mask=mask, other=0.0).to(tl.float32) * scale
+    b_end = tl.load(k_tilde + o_x, mask=mask, other=0.0).to(DOT)
     earlier, later = o_t[:, None] >= o_t[None, :], o_t[:, None] <= o_t[None, :]
-    _, _, b_g = key_and_decay(k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, 0)
-    b_q32, b_k32 = b_q.to(tl.float32), b_k.to(tl.float32)
-    b_end = (b_k32 * tl.exp(tl.cumsum(b_g, axis=0, reverse=True) - b_g)).to(DOT)
+    b_z, b_k32, b_g = key_and_decay(k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, 0)
     b_at = tl.where(o_t[:, None] == o_t[None, :], tl.sum(b_q32 * b_k32, axis=1)[:, None], 0.0)
     for level in range(LEVELS):
         size = BT >> (level + 1)
@@ -157,10 +173,6 @@ def extreme_gradient_kernel(
         b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)
         b_dk = tl.dot(b_v, b_ds, b_dk, input_precision=PRECISION)
     b_da, b_dat = tl.where(earlier, b_da, 0.0), tl.where(later, b_dat, 0.0)
-    b_z, b_key, b_g = key_and_decay(
-        k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, FAST
-    )
-    b_q32, b_k32 = b_q.to(tl.float32), b_k.to(tl.float32)
     b_total = tl.cumsum(b_g, axis=0)
     b_dq *= tl.exp(b_total)
     b_dk *= tl.exp(tl.cumsum(b_g, axis=0, reverse=True) - b_g)
@@ -180,14 +192,13 @@ def extreme_gradient_kernel(
     b_dq *= scale
     if AUGMENT:
         b_w = tl.load(weight + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)
-        b_query = tl.load(q + o_x, mask=mask, other=0.0).to(tl.float32)
-        b_duq = b_du[:, None] * b_query
-        tl.store(d_weight + place * K + o_k, tl.sum(b_duq * b_key, axis=0), mask=m_k)
-        b_dq += b_du[:, None] * b_key * b_w[None, :]
+        b_duq = b_du[:, None] * b_q32 / scale
+        tl.store(d_weight + place * K + o_k, tl.sum(b_duq * b_k32, axis=0), mask=m_k)
+        b_dq += b_du[:, None] * b_k32 * b_w[None, :]
         b_dk += b_duq * b_w[None, :]
     tl.store(dq + o_x, b_dq.to(dq.dtype.element_ty), mask=mask)
     if DECAY == 3:
-        b_dz = (b_dg - (1 - b_key) * b_dk) * sigmoid(-b_z, FAST) * (1 / tau)
+        b_dz = (b_dg - (1 - b_k32) * b_dk) * sigmoid(-b_z, FAST) * (1 / tau)
         tl.store(d_gate + o_x, b_dz.to(d_gate.dtype.element_ty), mask=mask)
     else:
         tl.store(dk + o_x, b_dk.to(dk.dtype.element_ty), mask=mask)
@@ -196,3 +207,27 @@ def extreme_gradient_kernel(
         if DECAY == 1:
             b_sum = tl.sum(tl.where(m_k[None, :], b_dg, 0.0), axis=1)
             tl.store(d_gate + row + o_t * H, b_sum.to(d_gate.dtype.element_ty), mask=m_t)
+
+
+@triton.jit
+def extreme_gradient_kernel(
+    q, k, q_tilde, k_tilde, v, gate, half, u, weight, d_out, states, d_states, dq, dk, dv, d_gate, d_weight, chunks,
+    count, scale, tau,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.constexpr, AUGMENT: tl.constexpr,
+    INSIDE: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `value_gradient_kernel` and `gradient_kernel`, for the extreme ones among `MANY` chunks."""
+    i_h = tl.program_id(1)
+    first, o_c, o_k = tl.program_id(0) * MANY, tl.arange(0, MANY), tl.arange(0, BK)
+    mask = ((first + o_c) < count)[:, None] & (o_k < K)[None, :]
+    offset = ((first + o_c).to(tl.int64) * H + i_h)[:, None] * K + o_k[None, :]
+    if tl.max(tl.max(tl.load(half + offset, mask=mask, other=0.0), axis=1), axis=0) > LIMIT:
+        for i in range(tl.minimum(MANY, count - first)):
+            i_c = first + i
+            if is_extreme(half, i_c.to(tl.int64) * H + i_h, K, BK, DECAY, LIMIT):
+                _extreme_gradient(
+                    i_c, i_h, q, k, q_tilde, k_tilde, v, gate, half, u, weight, d_out, states, d_states,
+                    dq, dk, dv, d_gate, d_weight, chunks, scale, tau, H, K, V, BT, BK, BV, DECAY, LIMIT,
+                    LEVELS, AUGMENT, INSIDE, FAST, PART, DOT, PRECISION,
+                )  # fmt: skip

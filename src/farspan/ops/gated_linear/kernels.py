@@ -21,9 +21,10 @@ state entering the chunk as `S~ = e^m S` and the gradient of the state leaving i
     dq~ = tril(do v^T) k~ + do S~^T,    dk~ = tril(do v^T)^T q~ + v dS~^T,    dv = tril(q~ k~^T)^T do + k~ dS~
     dg_t = sum_{s >= t} (q~ dq~ - k~ dk~)_s + rowsum(S~ dS~) + sum_s k~_s (v dS~^T)_s
 
-at the cost of no decay at all. Where some h exceeds `LIMIT` the four are kept without their factors, and the chunk is
-left to `extreme_kernels`. Entries above the diagonal of a product can be infinite: they are selected away, never
-multiplied by a mask. Products are transposed by exchanging their operands, never by transposing a result.
+at the cost of no decay at all. Where some h exceeds `LIMIT`, state and gradient are kept as they are, with
+`q~ = scale q e^G` and `k~ = k e^(G_last - G)`, and the chunk is left to `extreme_kernels`. Entries above the diagonal
+of a product can be infinite: they are selected away, never multiplied by a mask. Products are transposed by exchanging
+their operands, never by transposing a result.
 """
 
 # mypy: ignore-errors
@@ -82,9 +83,8 @@ def key_and_decay(
     offset = row * K + o_rows * (H * K) + o_columns
     z = tl.zeros(mask.shape, tl.float32)
     if DECAY == 3:
-        z = tl.load(gate + offset, mask=mask, other=0.0).to(tl.float32)
+        z = tl.load(gate + offset, mask=mask, other=3e4).to(tl.float32)
         b_g, b_k = _gate(z, tau, FAST)
-        b_g, b_k = tl.where(mask, b_g, 0.0), tl.where(mask, b_k, 0.0)
     else:
         b_k = tl.load(k + offset, mask=mask, other=0.0).to(tl.float32)
         b_g = z
@@ -129,15 +129,19 @@ def prepare_kernel(
     if DECAY != 0:
         is_first = (o_t == 0)[:, None]
         b_first = tl.sum(tl.where(is_first, b_g, 0.0), axis=0)
-        b_g = tl.where(is_first, 0.0, b_g)
-        b_half = -0.5 * tl.sum(b_g, axis=0)
+        b_rest = tl.where(is_first, 0.0, b_g)
+        b_half = -0.5 * tl.sum(b_rest, axis=0)
         p_c = (i_c.to(tl.int64) * H + i_h) * K + o_k
         tl.store(centre + p_c, b_first - b_half, mask=o_k < K)
         tl.store(half + p_c, b_half, mask=o_k < K)
-        b_offset = cumsum(b_g, False, BT, FAST, PART) + b_half[None, :]
-        b_offset = tl.where(tl.max(b_half, axis=0) <= LIMIT, b_offset, 0.0)
-        b_q *= exp(b_offset, FAST)
-        b_k *= exp(-b_offset, FAST)
+        b_offset = cumsum(b_rest, False, BT, FAST, PART)
+        if tl.max(b_half, axis=0) > LIMIT:
+            b_q *= exp(b_offset + b_first[None, :], FAST)
+            b_k *= exp(cumsum(b_g, True, BT, FAST, PART) - b_g, FAST)
+        else:
+            b_offset += b_half[None, :]
+            b_q *= exp(b_offset, FAST)
+            b_k *= exp(-b_offset, FAST)
     tl.store(q_tilde + row * K + o_x, b_q.to(q_tilde.dtype.element_ty), mask=mask)
     tl.store(k_tilde + row * K + o_x, b_k.to(k_tilde.dtype.element_ty), mask=mask)
 
@@ -153,7 +157,7 @@ def is_extreme(half, place, K: tl.constexpr, BK: tl.constexpr, DECAY: tl.constex
 
 @triton.jit
 def state_kernel(
-    x, y, gate, centre, half, start, end, lost, states, segments, tau,
+    x, y, centre, half, start, end, lost, states, segments,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, REVERSE: tl.constexpr, HAS_START: tl.constexpr,
     STORE_STATES: tl.constexpr, STORE_END: tl.constexpr, STORE_LOST: tl.constexpr, DOT: tl.constexpr,
@@ -172,39 +176,36 @@ def state_kernel(
     if HAS_START:
         b_s += tl.load(start + own + o_s, mask=m_s, other=0.0).to(tl.float32)
     b_lost = tl.zeros([BK], tl.float32)
+    step = -H if REVERSE else H
+    place = (chunk + (count - 1 if REVERSE else 0)).to(tl.int64) * H + i_h
+    b_m, b_h = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
+    if DECAY != 0:
+        m_c = o_k < tl.where(count > 0, K, 0)
+        b_m += tl.load(centre + place * K + o_k, mask=m_c, other=0.0)
+        b_h += tl.load(half + place * K + o_k, mask=m_c, other=0.0)
     for i in range(count):
-        c = count - 1 - i if REVERSE else i
-        t = first + c * BT
+        t = first + (count - 1 - i if REVERSE else i) * BT
         row = t.to(tl.int64) * H + i_h
         m_t = (t + o_t) < last
         mask = m_k[:, None] & m_t[None, :]
         b_x = tl.load(x + row * K + o_t[None, :] * (H * K) + o_k[:, None], mask=mask, other=0.0)
         p_y = y + row * V + o_t[:, None] * (H * V) + o_v[None, :]
         b_y = tl.load(p_y, mask=m_t[:, None] & m_v[None, :], other=0.0)
-        place = (chunk + c).to(tl.int64) * H + i_h
         p_states = states + place * (K * V) + o_s
+        place += step
         if DECAY == 0:
             if STORE_STATES:
                 tl.store(p_states, b_s.to(states.dtype.element_ty), mask=m_s)
             b_s += tl.dot(b_x.to(DOT), b_y.to(DOT), input_precision=PRECISION)
         else:
-            b_m = tl.load(centre + place * K + o_k, mask=m_k, other=0.0)
-            b_h = tl.load(half + place * K + o_k, mask=m_k, other=0.0)
-            b_lost += b_m - b_h
+            moderate = tl.max(b_h, axis=0) <= LIMIT
+            b_in, b_out = tl.where(moderate, tl.exp(b_m), 1.0), tl.where(moderate, tl.exp(-b_h), 1.0)
             b_keep = tl.exp(b_m - b_h)
-            b_in, b_out = tl.exp(b_m), tl.exp(-b_h)
-            if tl.max(b_h, axis=0) > LIMIT:
-                b_in, b_out = b_in * 0 + 1, b_out * 0 + 1
-                _, _, b_g = key_and_decay(
-                    x, gate, row, o_t[None, :], o_k[:, None], m_t[None, :], mask, tau, H, K, DECAY, 0
-                )
-                if REVERSE:
-                    b_x = (b_x.to(tl.float32) * tl.exp(tl.cumsum(b_g, axis=1))).to(x.dtype.element_ty)
-                else:
-                    b_until = tl.exp(tl.cumsum(b_g, axis=1, reverse=True) - b_g)
-                    b_x = (b_x.to(tl.float32) * b_until).to(x.dtype.element_ty)
-            b_here = b_out if REVERSE else b_in
-            b_added = b_in if REVERSE else b_out
+            b_lost += b_m - b_h
+            m_c = o_k < tl.where(i + 1 < count, K, 0)  # the next chunk's factors are read while this one's are used
+            b_m = tl.load(centre + place * K + o_k, mask=m_c, other=0.0)
+            b_h = tl.load(half + place * K + o_k, mask=m_c, other=0.0)
+            b_here, b_added = (b_out, b_in) if REVERSE else (b_in, b_out)
             if STORE_STATES:
                 tl.store(p_states, (b_s * b_here[:, None]).to(states.dtype.element_ty), mask=m_s)
             b_new = tl.dot(b_x.to(DOT), b_y.to(DOT), input_precision=PRECISION)

@@ -201,7 +201,7 @@ class _Attention(torch.autograd.Function):
         options: Options,
     ) -> tuple[Tensor, Tensor]:
         prepared = _prepare(q, k, v, gate, weight, plan, options)
-        states, final = _states(prepared.k, v, gate, prepared, initial, plan, options, reverse=False)
+        states, final = _states(prepared.k, v, prepared, initial, plan, options, reverse=False)
         out = torch.empty_like(v)
         rstd = v.new_empty(v.shape[:3] if options.normalize else (0,), dtype=torch.float32)
         columns, warps, stages = _tiles(prepared.q).output
@@ -216,10 +216,10 @@ class _Attention(torch.autograd.Function):
             **shape, **numbers, **form, NORMALIZE=options.normalize, FAST=_fast(q), num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if gate is not None:
-            extreme_kernels.extreme_output_kernel[grid](
-                prepared.q, prepared.k, v, gate, prepared.half, prepared.u, states, out, rstd, plan.chunks,
-                options.normalizer, options.eps, **shape, **numbers, **form, NORMALIZE=options.normalize,
-                FAST=_fast(q), LEVELS=_levels(), num_warps=warps, num_stages=1,
+            extreme_kernels.extreme_output_kernel[(_many(plan), *grid[1:])](
+                q, q if k is None else k, prepared.q, v, gate, prepared.half, prepared.u, states, out, rstd,
+                plan.chunks, plan.chunks.shape[0], options.scale, options.normalizer, options.eps, **shape, **numbers,
+                **form, NORMALIZE=options.normalize, FAST=_fast(q), LEVELS=_levels(), num_warps=warps, num_stages=1,
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, gate, weight, *prepared, states, out if options.normalize else None, rstd)
         ctx.plan, ctx.options = plan, options
@@ -234,7 +234,7 @@ class _Attention(torch.autograd.Function):
             d_out, d_final = gradients[0].contiguous(), gradients[1].contiguous()
             if options.normalize:
                 d_out = _norm_gradient(d_out, out, rstd)
-            d_states, d_initial = _states(prepared.q, d_out, gate, prepared, d_final, plan, options, reverse=True)
+            d_states, d_initial = _states(prepared.q, d_out, prepared, d_final, plan, options, reverse=True)
             dq, dv = torch.empty_like(q), torch.empty_like(v)
             dk = None if k is None else torch.empty_like(k)
             d_gate = None if gate is None else torch.empty_like(gate)
@@ -259,9 +259,10 @@ class _Attention(torch.autograd.Function):
                 num_warps=warps, num_stages=stages,
             )  # fmt: skip
             if gate is not None:
-                extreme_kernels.extreme_gradient_kernel[grid](
+                extreme_kernels.extreme_gradient_kernel[(_many(plan), grid[1])](
                     q, own_k, prepared.q, prepared.k, v, gate, prepared.half, prepared.u, own_weight, d_out, states,
-                    d_states, dq, d_key, dv, d_gate, d_own_weight, plan.chunks, options.scale, options.normalizer,
+                    d_states, dq, d_key, dv, d_gate, d_own_weight, plan.chunks, plan.chunks.shape[0], options.scale,
+                    options.normalizer,
                     **shape, **numbers, **_sums(q), AUGMENT=options.augment, INSIDE=options.inside, LEVELS=_levels(),
                     num_warps=8, num_stages=1,
                 )  # fmt: skip
@@ -300,7 +301,6 @@ def _prepare(
 def _states(
     x: Tensor,
     y: Tensor,
-    gate: Tensor | None,
     prepared: _Prepared,
     start: Tensor,
     plan: Plan,
@@ -319,9 +319,8 @@ def _states(
 
     def walk(start: Tensor, end: Tensor, lost: Tensor, **stores: bool) -> None:
         kernels.state_kernel[grid](
-            x, y, x if gate is None else gate, prepared.centre, prepared.half, start, end, lost, states, plan.segments,
-            options.normalizer, **shape, **_numbers(x, options), **stores, REVERSE=reverse,
-            num_warps=warps, num_stages=stages,
+            x, y, prepared.centre, prepared.half, start, end, lost, states, plan.segments, **shape,
+            **_numbers(x, options), **stores, REVERSE=reverse, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
     if plan.whole:
@@ -352,6 +351,10 @@ def _norm_gradient(dy: Tensor, y: Tensor, rstd: Tensor) -> Tensor:
 def _tiles(q: Tensor) -> Tiles:
     family = 9 if INTERPRETED else torch.cuda.get_device_capability(q.device)[0]
     return tiles(family, max(16, triton.next_power_of_2(q.shape[-1])), q.element_size())
+
+
+def _many(plan: Plan) -> int:
+    return triton.cdiv(plan.chunks.shape[0], extreme_kernels.MANY.value)
 
 
 def _levels() -> int:
