@@ -54,6 +54,15 @@ def test_json_round_trip(tmp_path) -> None:
         ({"mixers": ["metala"], "mixer_options": {"metala": {"conv_size": 0}}}, "conv_size=0 must be at least 1"),
         ({"mixers": ["metala"], "mixer_options": {"softmax": {}}}, "options for 'softmax', which no layer uses"),
         ({"mixer_options": {"softmax": {"sliding_window": 0}}}, "sliding_window=0"),
+        ({"mixer_options": {"softmax": {"sliding_window": 2.5}}}, "accepted: int or null"),
+        ({"mixer_options": {"softmax": {"attention_bias": "false"}}}, "accepted: bool"),
+        ({"mixers": ["metala"], "mixer_options": {"metala": {"key_dim": 0}}}, "key_dim=0 must be positive"),
+        ({"mixers": ["metala"], "mixer_options": {"metala": {"scale": float("nan")}}}, "a finite number"),
+        ({"norm_eps": float("nan")}, "norm_eps=nan is of the wrong type; accepted: a finite number"),
+        ({"eos_token_id": 32000}, "eos_token_id=32000 is no token id"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "option of the mixers"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": -3.0}}, "beta_fast=-3.0"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "attention_factor": "x"}}, "attention_factor='x'"),
     ],
 )
 def test_wrong_configurations_are_refused(fields: dict, words: str) -> None:

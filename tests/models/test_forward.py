@@ -171,6 +171,55 @@ def test_resized_embeddings(mix: str) -> None:
     assert model(ids).logits.shape[-1] == 70
 
 
+def test_skipped_positions_do_not_start_a_document(mix: str) -> None:
+    model, ids = tiny(mix), _ids(1, 12)
+    positions = torch.cat((torch.arange(6), torch.arange(100, 106))).unsqueeze(0)
+    with torch.no_grad():
+        alone = model(ids, position_ids=positions).logits
+        batched = model(ids.repeat(2, 1), position_ids=positions.repeat(2, 1)).logits
+    torch.testing.assert_close(alone[0], batched[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # raised inside Dynamo at a graph break
+def test_documents_by_position_survive_compilation() -> None:
+    model, ids = tiny("softmax"), _ids(1, 12)
+    positions = torch.arange(6).repeat(2).unsqueeze(0)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")(ids, position_ids=positions).logits
+        torch.testing.assert_close(compiled, model(ids, position_ids=positions).logits, atol=1e-5, rtol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_labels_do_not_reach_into_the_next_document(mix: str) -> None:
+    model, ids = tiny(mix), _ids(1, 12)
+    bounds = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
+    packed = model(ids, labels=ids, cu_seqlens=bounds).loss
+    separate = [model(piece, labels=piece).loss * (piece.shape[1] - 1) for piece in (ids[:, :5], ids[:, 5:])]
+    torch.testing.assert_close(packed, sum(separate) / 10, atol=1e-5, rtol=1e-4)
+
+
+def test_a_refused_crop_leaves_a_hybrid_cache_whole() -> None:
+    model, ids = tiny("hybrid", mixers=["softmax", "metala", "softmax"]), _ids(1, 12)
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(ids[:, :9], past_key_values=cache)
+        with pytest.raises(ConfigError, match="take back"):
+            cache.crop(-3)
+        rest = model(ids[:, 9:], past_key_values=cache).logits
+        torch.testing.assert_close(rest, model(ids).logits[:, 9:], atol=1e-4, rtol=1e-4)
+
+
+def test_the_trainer_of_transformers_evaluates(tmp_path) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in _ids(4, 8)]
+    arguments = TrainingArguments(tmp_path, max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True)
+    trainer = Trainer(tiny("metala").train(), arguments, train_dataset=rows, eval_dataset=rows)
+    assert trainer.train().training_loss > 0
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
@@ -181,6 +230,19 @@ def test_resized_embeddings(mix: str) -> None:
         ({"input_ids": _ids(1, 4), "position_ids": torch.arange(3)[None]}, ShapeError, "position_ids"),
         ({"input_ids": _ids(2, 4), "cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, ShapeError, "batch 1"),
         ({"input_ids": _ids(1, 4), "cu_seqlens": torch.tensor([0, 3], dtype=torch.int32)}, ShapeError, "cu_seqlens"),
+        ({"input_ids": _ids(1, 4), "cu_seqlens": [0, 4]}, ShapeError, "int32 tensor"),
+        ({"input_ids": _ids(1, 4).float()}, ShapeError, "input_ids is torch.float32"),
+        ({"inputs_embeds": torch.zeros(1, 4, 7)}, ShapeError, r"D=32"),
+        (
+            {"input_ids": _ids(1, 4), "attention_mask": torch.full((1, 4), -1e9)},
+            ShapeError,
+            "other values than 0 and 1",
+        ),
+        ({"input_ids": _ids(1, 4), "lables": _ids(1, 4)}, ConfigError, "did you mean 'labels'"),
+        ({"input_ids": _ids(1, 4), "labels": _ids(1, 4), "shift_labels": _ids(1, 4)}, ShapeError, "not both"),
+        ({"input_ids": _ids(1, 4), "labels": _ids(1, 4) - 99}, ShapeError, "labels hold"),
+        ({"input_ids": _ids(1, 4), "labels": _ids(1, 4) + 99}, ShapeError, "labels hold"),
+        ({"input_ids": _ids(1, 4), "labels": _ids(1, 4).float()}, ShapeError, "labels are torch.float32"),
     ],
 )
 def test_bad_inputs_have_one_clear_message(arguments: dict, error: type[Exception], words: str) -> None:

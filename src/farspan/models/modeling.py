@@ -1,5 +1,6 @@
 """The one stack: embeddings, blocks of mixer and feed-forward, final norm, language-model head."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from farspan.errors import ConfigError, ShapeError
+from farspan.errors import ConfigError, ShapeError, nearest
 from farspan.mixers.base import MIXERS, Mixer
 from farspan.mixers.cache import LayerCache
 from farspan.mixers.layout import SequenceLayout
@@ -20,6 +21,20 @@ from farspan.nn.feed_forward import FEED_FORWARDS, AuxiliaryRecord, FeedForward
 from farspan.nn.losses import IGNORE_INDEX, chunked_cross_entropy
 from farspan.nn.norms import make_norm
 from farspan.ops import varlen
+
+# What tokenizers, collators and versions of transformers pass along for other models; it has no meaning here.
+_IGNORED_ARGUMENTS = frozenset(
+    (
+        "cache_position",
+        "cu_seq_lens_k",
+        "cu_seq_lens_q",
+        "max_length_k",
+        "max_length_q",
+        "seq_idx",
+        "special_tokens_mask",
+        "token_type_ids",
+    )
+)
 
 
 class FarspanBlock(GradientCheckpointingLayer):
@@ -114,7 +129,7 @@ class FarspanModel(FarspanPreTrainedModel):
 
     def new_cache(self, context_length: int | None = None) -> FarspanCache:
         """An empty cache; `context_length` fixes the length that scaled positions plan for."""
-        return FarspanCache((block.mixer.new_cache() for block in self.blocks), context_length)
+        return FarspanCache([block.mixer.new_cache() for block in self.blocks], context_length)
 
     @property
     def blocks(self) -> list[FarspanBlock]:
@@ -144,7 +159,11 @@ class FarspanModel(FarspanPreTrainedModel):
                 "output_attentions=True: Farspan returns no attention weights. State-based mixers have none, and "
                 "softmax runs in fused kernels that do not form them; leave output_attentions out."
             )
+        if input_ids is not None and (input_ids.dim() != 2 or input_ids.is_floating_point()):
+            raise ShapeError(f"input_ids is {input_ids.dtype} of shape {list(input_ids.shape)}; expected int64 [B, T].")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.dim() != 3 or x.shape[-1] != self.config.hidden_size:
+            raise ShapeError(f"inputs_embeds has shape {list(x.shape)}; expected [B, T, D={self.config.hidden_size}].")
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache = False
@@ -189,6 +208,8 @@ class FarspanModel(FarspanPreTrainedModel):
             raise ConfigError(f"past_key_values is a {type(cache).__name__}; Farspan needs model.new_cache().")
         if cache is not None and not self.config.causal:
             raise ConfigError("past_key_values needs causal=true: a model that looks both ways has no past to keep.")
+        if cache is not None and len(cache.layers) != len(self.layers):
+            raise ShapeError(f"past_key_values has {len(cache.layers)} layers, the model {len(self.layers)}.")
         seen = 0 if cache is None else cache.tokens_seen
         if cache is not None and cache.batch_size not in (-1, rows):
             raise ShapeError(f"past_key_values holds {cache.batch_size} rows, the input has {rows}.")
@@ -196,8 +217,12 @@ class FarspanModel(FarspanPreTrainedModel):
         if position_ids is None:
             positions = positions_of(mask, (rows, length), cache, x.device)
         else:
-            if position_ids.shape[-1] != length:
-                raise ShapeError(f"position_ids has shape {list(position_ids.shape)}; expected [B, T={length}].")
+            accepted = ((length,), (1, length), (rows, length))
+            if tuple(position_ids.shape) not in accepted or position_ids.is_floating_point():
+                raise ShapeError(
+                    f"position_ids is {position_ids.dtype} of shape {list(position_ids.shape)}; expected integers "
+                    f"[B={rows}, T={length}]."
+                )
             positions = position_ids.to(x.device).reshape(-1, length).expand(rows, -1)
         if cu_seqlens is None and position_ids is not None and mask is None and rows == 1 and seen == 0 and length > 1:
             cu_seqlens = _documents(positions)
@@ -252,7 +277,6 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
         past_key_values: FarspanCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         context_length: int | None = None,
         use_cache: bool | None = None,
@@ -262,7 +286,7 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
-        **unused: Any,
+        **more: Any,
     ) -> FarspanCausalLMOutput | tuple:
         """Logits of the next token and, with labels, the mean cross entropy.
 
@@ -274,9 +298,8 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
                 row without mask or cache, restarts mark packed documents.
             past_key_values: a cache from `new_cache()` or an earlier call; updated in place.
             inputs_embeds: `[B, T, D]` instead of `input_ids`.
-            labels: `[B, T]`, shifted inside as in transformers: position t is scored against `labels[t + 1]`.
-            shift_labels: `[B, T]`, already aligned: position t is scored against `shift_labels[t]`; instead of
-                `labels`, and the one to use with packed documents. −100 is ignored in both.
+            labels: `[B, T]`, shifted inside as in transformers: position t is scored against `labels[t + 1]`, except at
+                the end of a packed document given by `cu_seqlens`. −100 is ignored.
             cu_seqlens: `[num_seqs + 1]` int32 boundaries of documents packed in one row.
             context_length: the length that scaled positions plan for; None takes the cache's (which keeps that of its
                 first call), or this call's largest position + 1.
@@ -287,6 +310,9 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
             logits_to_keep: number of last positions to form logits for (0 is all), or an index tensor.
             num_items_in_batch: divisor of the loss instead of the number of scored labels (gradient accumulation).
             return_dict: False returns a tuple.
+            more: `shift_labels`, `[B, T]`, already aligned: position t is scored against `shift_labels[t]`; instead of
+                `labels`. What tokenizers and collators add for other models (`token_type_ids` and the like) is
+                ignored, any other name refused.
 
         Returns:
             `FarspanCausalLMOutput`.
@@ -295,6 +321,14 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
             ShapeError: for inputs that do not fit each other.
             ConfigError: for `output_attentions=True` and for caches of other classes.
         """
+        # Not a named argument: the Trainer takes every argument called label for a column that evaluation needs.
+        shift_labels = more.pop("shift_labels", None)
+        for name in more:
+            if name not in _IGNORED_ARGUMENTS:
+                accepted = [*inspect.signature(self.forward).parameters, "shift_labels"]
+                raise ConfigError(f"forward() has no argument {name!r}: {nearest(name, accepted)}")
+        if labels is not None and shift_labels is not None:
+            raise ShapeError("Give labels (shifted inside) or shift_labels (already aligned), not both.")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -313,6 +347,9 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
             if shift_labels is None:
                 assert labels is not None
                 shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX)
+                if cu_seqlens is not None:
+                    ends = cu_seqlens[1:].long() - 1
+                    shift_labels[..., ends[ends >= 0]] = IGNORE_INDEX
             loss = chunked_cross_entropy(
                 hidden, self.lm_head.weight, shift_labels.to(hidden.device), num_items=num_items_in_batch
             )
@@ -380,15 +417,17 @@ def _padding_mask(attention_mask: Tensor | None, rows: int, length: int, seen: i
             + (f" or [B={rows}, past + T={seen + length}]." if seen else ".")
         )
     mask = attention_mask[:, -length:].bool() if length else attention_mask[:, :0].bool()
+    unusual = attention_mask.is_floating_point() and not torch.compiler.is_compiling()
+    if unusual and not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+        raise ShapeError("attention_mask holds other values than 0 and 1; give 1 for real tokens, 0 for padding.")
     # Without padding the fast paths apply; under torch.compile the question would break the graph.
     return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
 
 
+@torch.compiler.disable
 def _documents(positions: Tensor) -> Tensor | None:
     """Boundaries where the positions of a single row restart, or None when they never do."""
-    if torch.compiler.is_compiling() or bool((positions[0, 1:] == positions[0, :-1] + 1).all()):
-        return None
-    return varlen.from_position_ids(positions)
+    return None if bool((positions[0, 1:] > positions[0, :-1]).all()) else varlen.from_position_ids(positions)
 
 
 def _next_positions(layout: SequenceLayout, cache: FarspanCache) -> Tensor:

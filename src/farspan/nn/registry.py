@@ -67,6 +67,7 @@ class Registry(Generic[Block]):
                 raise ConfigError(f"Unknown option {key!r} of {self.what} {name!r}: {nearest(key, hints)}")
             if not fits(value, hints[key]):
                 raise ConfigError(
-                    f"Option {key}={value!r} of {self.what} {name!r} is of the wrong type; accepted: {words(hints[key])}."
+                    f"Option {key}={value!r} of {self.what} {name!r} is of the wrong type; accepted: "
+                    f"{words(hints[key])}."
                 )
         return options(**(values or {}))
