@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from farspan.mixers.cache import LayerCache
+from farspan.mixers.cache import LayerCache, StateCache
 from farspan.mixers.layout import SequenceLayout
 from farspan.nn.registry import Registry
 
@@ -85,11 +85,25 @@ class Mixer(nn.Module):
         """Initialises what the model's default (normal linears and embeddings) does not know."""
 
 
+class StateMixer(Mixer):
+    """A mixer whose memory is a `StateCache`: of constant size, and handed from rank to rank."""
+
+    shards: ClassVar[Literal["state", "keys"] | None] = "state"
+
+    @staticmethod
+    def cache_kind(options: Any) -> CacheKind:
+        return "state"
+
+    def new_cache(self) -> LayerCache:
+        return StateCache()
+
+
 MIXERS: Registry[Mixer] = Registry(
     "mixer",
     {
         "collinear": "farspan.mixers.collinear:CollinearMixer:CollinearOptions",
         "cosine": "farspan.mixers.cosine:CosineMixer:CosineOptions",
+        "dilated": "farspan.mixers.dilated:DilatedMixer:DilatedOptions",
         "metala": "farspan.mixers.metala:MetaLAMixer:MetaLAOptions",
         "softmax": "farspan.mixers.softmax:SoftmaxMixer:SoftmaxOptions",
         "ssd": "farspan.mixers.ssd:SSDMixer:SSDOptions",

@@ -1,13 +1,13 @@
 """Cosine attention (Cottention): linear attention by the cosine of query and key."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from farspan.errors import ConfigError, nearest
-from farspan.mixers.base import CacheKind, Mixer, MixerShape, linear_flops
+from farspan.mixers.base import MixerShape, StateMixer, linear_flops
 from farspan.mixers.cache import LayerCache, StateCache
 from farspan.mixers.layout import SequenceLayout
 from farspan.nn.positions import apply_rotary
@@ -50,7 +50,7 @@ class CosineOptions:
             raise ConfigError(f"norm_eps={self.norm_eps} must be positive; the released value is 1e-12.")
 
 
-class CosineMixer(Mixer):
+class CosineMixer(StateMixer):
     """Cosine attention, with N(x) = x / max(‖x‖, eps), RoPE R and c_s the number of tokens up to s:
 
         q = R(x W_q),  k = R(x W_k),  v = x W_v
@@ -63,7 +63,6 @@ class CosineMixer(Mixer):
     """
 
     bidirectional: ClassVar[bool] = True
-    shards: ClassVar[Literal["state", "keys"] | None] = "state"
 
     def __init__(self, config: MixerShape, options: CosineOptions, layer_idx: int) -> None:
         super().__init__()
@@ -89,10 +88,6 @@ class CosineMixer(Mixer):
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.length_exponent, self.options.norm_init)
-
-    @staticmethod
-    def cache_kind(options: Any) -> CacheKind:
-        return "state"
 
     def forward(
         self,
@@ -129,9 +124,6 @@ class CosineMixer(Mixer):
             lengths = layout.lengths()
             cache.update(recurrent=state, count=lengths if count is None else count + lengths)
         return self.o_proj(out.flatten(2))
-
-    def new_cache(self) -> LayerCache:
-        return StateCache()
 
     def flops_per_token(self, length: int) -> float:
         # k_tᵀ v_t into the state and q_t S_t out of it; all pairs where a bidirectional sequence is short.

@@ -3,13 +3,13 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from farspan.errors import ConfigError
-from farspan.mixers.base import CacheKind, Mixer, MixerShape, linear_flops
+from farspan.mixers.base import MixerShape, StateMixer, linear_flops
 from farspan.mixers.cache import LayerCache, StateCache
 from farspan.mixers.layout import SequenceLayout
 from farspan.ops.bidirectional import both_ways
@@ -54,7 +54,7 @@ class MetaLAOptions:
                 raise ConfigError(f"{name}={value} must be positive; leave it out for the released value.")
 
 
-class MetaLAMixer(Mixer):
+class MetaLAMixer(StateMixer):
     """MetaLA's token mixer, with x already normalised:
 
         x' = SiLU(conv(x));  q = x' W_q,  z = x' W_z,  v = x' W_v,  g = x' W_g + b_g
@@ -70,7 +70,6 @@ class MetaLAMixer(Mixer):
     """
 
     bidirectional: ClassVar[bool] = True
-    shards: ClassVar[Literal["state", "keys"] | None] = "state"
     no_weight_decay = ("augmentation", "convolution")
 
     def __init__(self, config: MixerShape, options: MetaLAOptions, layer_idx: int) -> None:
@@ -105,10 +104,6 @@ class MetaLAMixer(Mixer):
         if self.convolution is not None:
             bound = 1 / math.sqrt(self.convolution.shape[-1])
             nn.init.uniform_(self.convolution, -bound, bound)
-
-    @staticmethod
-    def cache_kind(options: Any) -> CacheKind:
-        return "state"
 
     def forward(
         self,
@@ -174,9 +169,6 @@ class MetaLAMixer(Mixer):
         if cache is not None:
             cache.update(recurrent=state)
         return out
-
-    def new_cache(self) -> LayerCache:
-        return StateCache()
 
     def flops_per_token(self, length: int) -> float:
         projections = [self.q_proj, self.decay_proj, self.v_proj, self.gate_proj, self.o_proj]

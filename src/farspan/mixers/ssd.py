@@ -3,13 +3,13 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from farspan.errors import ConfigError
-from farspan.mixers.base import CacheKind, Mixer, MixerShape, linear_flops
+from farspan.mixers.base import MixerShape, StateMixer, linear_flops
 from farspan.mixers.cache import LayerCache, StateCache
 from farspan.mixers.layout import SequenceLayout
 from farspan.nn.norms import RMSNorm
@@ -19,8 +19,8 @@ from farspan.ops.bidirectional import both_ways
 from farspan.ops.short_convolution.api import short_convolution
 from farspan.ops.ssd.api import state_space_duality
 
-# What the fastest and the slowest head forget per token at initialisation: memories of 10 and of 1000 tokens.
-FORGETTING = (1e-1, 1e-3)
+# The power of ten of what the fastest and the slowest head forget per token at first: memories of 10 and 1000 tokens.
+FORGETTING = (-1.0, -3.0)
 
 
 @dataclass
@@ -71,7 +71,7 @@ class SSDOptions:
             raise ConfigError(f"ssd: initialization={self.initialization!r} is not known: 'stable' or 'released'.")
 
 
-class SSDMixer(Mixer):
+class SSDMixer(StateMixer):
     """State space duality, with u the normalised input and R the rotation by position:
 
         x = u W_x,  B = R(u W_B),  C = R(u W_C),  Δ = softplus(u W_Δ + b_Δ)
@@ -86,7 +86,6 @@ class SSDMixer(Mixer):
     """
 
     bidirectional: ClassVar[bool] = True
-    shards: ClassVar[Literal["state", "keys"] | None] = "state"
     no_weight_decay = ("convolution",)
 
     def __init__(self, config: MixerShape, options: SSDOptions, layer_idx: int) -> None:
@@ -132,7 +131,7 @@ class SSDMixer(Mixer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        forgetting = torch.linspace(*(math.log(rate) for rate in FORGETTING), self.heads).exp()
+        forgetting = torch.logspace(*FORGETTING, self.heads)
         if self.options.initialization == "released":
             numbers = torch.arange(1.0, self.heads + 1)
             decay, step = (-numbers if self.options.log_decay else torch.ones(self.heads)), torch.zeros(self.heads)
@@ -144,16 +143,12 @@ class SSDMixer(Mixer):
             self.decay.copy_((-decay).log() if self.options.log_decay else decay)
             if self.dt_bias is not None:
                 self.dt_bias.copy_(step)
-            if self.skip is not None:
-                self.skip.fill_(1.0)
-            if self.convolution is not None and self.convolution_bias is not None:
-                bound = 1 / math.sqrt(self.convolution.shape[-1])
-                self.convolution.uniform_(-bound, bound)
-                self.convolution_bias.uniform_(-bound, bound)
-
-    @staticmethod
-    def cache_kind(options: Any) -> CacheKind:
-        return "state"
+        if self.skip is not None:
+            nn.init.ones_(self.skip)
+        if self.convolution is not None and self.convolution_bias is not None:
+            bound = 1 / math.sqrt(self.convolution.shape[-1])
+            nn.init.uniform_(self.convolution, -bound, bound)
+            nn.init.uniform_(self.convolution_bias, -bound, bound)
 
     def forward(
         self,
@@ -163,7 +158,6 @@ class SSDMixer(Mixer):
         cache: LayerCache | None = None,
         sequence_parallel: Any = None,
     ) -> Tensor:
-        assert cache is None or isinstance(cache, StateCache)
         cos, sin = self._rotary(layout)
         if self.options.padding_writes and layout.padding_mask is not None:
             x = x * layout.padding_mask.unsqueeze(-1)
@@ -173,6 +167,7 @@ class SSDMixer(Mixer):
         x, boundaries = layout.pack(x), layout.sequences()
         streams = (self.x_proj(x), self.b_proj(x), self.c_proj(x), self.dt_proj(x), cos, sin)
         if self.causal:
+            assert cache is None or isinstance(cache, StateCache)
             out = self._recurrence(*streams, boundaries=boundaries, cache=cache)
         else:
             run = functools.partial(self._recurrence, boundaries=boundaries)
@@ -238,9 +233,6 @@ class SSDMixer(Mixer):
         if not self.options.rope:
             return None, None
         return layout.rotary(self.state_size, self.rope_parameters, self.max_position_embeddings)
-
-    def new_cache(self) -> LayerCache:
-        return StateCache()
 
     def flops_per_token(self, length: int) -> float:
         projections = [self.x_proj, self.b_proj, self.c_proj, self.dt_proj, self.o_proj]
