@@ -155,7 +155,7 @@ def test_save_and_load(stack: str, tmp_path: Any) -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
     with torch.no_grad():  # a loaded weight may be aligned otherwise, which moves the last bit of a small product
-        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_gradient_checkpointing_changes_nothing(stack: str) -> None:
