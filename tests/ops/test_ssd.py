@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from farspan.errors import ConfigError, ShapeError
 from farspan.nn.positions import apply_rotary, rotary_table
-from farspan.ops import state_space_duality
+from farspan.ops import state_space_duality, varlen
 from tests import tolerances
 from tests.ops.checks import Named, assert_close, assert_same, boundaries, cast, outputs_and_gradients
 
@@ -101,9 +101,7 @@ def test_two_parts_equal_the_whole(length: int, data: st.DataObject) -> None:
         tail, state = attend("torch")(**second | {"initial_state": state})
         return torch.cat((head, tail), dim=1), state
 
-    assert_same(
-        outputs_and_gradients(in_two_parts, x), outputs_and_gradients(attend("torch"), x), tolerances.FLOAT64
-    )
+    assert_same(outputs_and_gradients(in_two_parts, x), outputs_and_gradients(attend("torch"), x), tolerances.FLOAT64)
 
 
 def test_steps_equal_the_whole() -> None:
@@ -121,7 +119,7 @@ def test_steps_equal_the_whole() -> None:
 def test_packed_documents_equal_separate_ones(lengths: list[int]) -> None:
     x, bounds = make(sum(lengths), batch=1, sequences=len(lengths)), boundaries(lengths)
     packed, states = attend("torch", cu_seqlens=bounds)(**x)
-    for i, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for i, (start, end) in enumerate(varlen.spans(bounds)):
         document = {name: t[:, start:end] if t.dim() > 2 and name != "initial_state" else t for name, t in x.items()}
         out, state = attend("reference")(**document | {"initial_state": x["initial_state"][i : i + 1]})
         assert_close(packed[:, start:end], out, tolerances.FLOAT64)
