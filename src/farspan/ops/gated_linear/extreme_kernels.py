@@ -36,6 +36,49 @@ def _pairs(o_t, size):
 
 
 @triton.jit
+def _any_extreme(half, first, count, i_h, H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, LIMIT: tl.constexpr):
+    o_c, o_k = first + tl.arange(0, MANY), tl.arange(0, BK)
+    offset = (o_c.to(tl.int64) * H + i_h)[:, None] * K + o_k[None, :]
+    b_half = tl.load(half + offset, mask=(o_c < count)[:, None] & (o_k < K)[None, :], other=0.0)
+    return tl.max(tl.max(b_half, axis=1), axis=0) > LIMIT
+
+
+@triton.jit
+def _extreme_prepare(
+    i_c, i_h, q, k, gate, q_tilde, k_tilde, chunks, scale, tau,
+    H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
+    """One extreme chunk of `extreme_prepare_kernel`."""
+    t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
+    o_k, o_t = tl.arange(0, BK), tl.arange(0, BT)
+    row = t.to(tl.int64) * H + i_h
+    m_t = (t + o_t) < last
+    mask = m_t[:, None] & (o_k < K)[None, :]
+    o_x = row * K + o_t[:, None] * (H * K) + o_k[None, :]
+    b_q = tl.load(q + o_x, mask=mask, other=0.0).to(tl.float32) * scale
+    _, b_k, b_g = key_and_decay(k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, 0)
+    b_q *= tl.exp(tl.cumsum(b_g, axis=0))
+    b_k *= tl.exp(tl.cumsum(b_g, axis=0, reverse=True) - b_g)
+    tl.store(q_tilde + o_x, b_q.to(q_tilde.dtype.element_ty), mask=mask)
+    tl.store(k_tilde + o_x, b_k.to(k_tilde.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def extreme_prepare_kernel(
+    q, k, gate, q_tilde, k_tilde, half, chunks, count, scale, tau,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """As `prepare_kernel`, for the extreme ones among `MANY` chunks: exponents from the chunk's edges, all <= 0."""
+    i_h, first = tl.program_id(1), tl.program_id(0) * MANY
+    if _any_extreme(half, first, count, i_h, H, K, BK, LIMIT):
+        for i in range(tl.minimum(MANY, count - first)):
+            i_c = first + i
+            if is_extreme(half, i_c.to(tl.int64) * H + i_h, K, BK, DECAY, LIMIT):
+                _extreme_prepare(i_c, i_h, q, k, gate, q_tilde, k_tilde, chunks, scale, tau, H, K, BT, BK, DECAY)
+
+
+@triton.jit
 def _extreme_output(
     i_c, i_h, i_v, q, k, q_tilde, v, gate, half, u, states, out, rstd, chunks, scale, tau, eps,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -89,10 +132,8 @@ def extreme_output_kernel(
 ):  # fmt: skip
     """As `output_kernel`, for the extreme ones among `MANY` chunks."""
     i_h, i_v = tl.program_id(1), tl.program_id(2)
-    first, o_c, o_k = tl.program_id(0) * MANY, tl.arange(0, MANY), tl.arange(0, BK)
-    mask = ((first + o_c) < count)[:, None] & (o_k < K)[None, :]
-    offset = ((first + o_c).to(tl.int64) * H + i_h)[:, None] * K + o_k[None, :]
-    if tl.max(tl.max(tl.load(half + offset, mask=mask, other=0.0), axis=1), axis=0) > LIMIT:
+    first = tl.program_id(0) * MANY
+    if _any_extreme(half, first, count, i_h, H, K, BK, LIMIT):
         for i in range(tl.minimum(MANY, count - first)):
             i_c = first + i
             if is_extreme(half, i_c.to(tl.int64) * H + i_h, K, BK, DECAY, LIMIT):
@@ -219,10 +260,8 @@ def extreme_gradient_kernel(
 ):  # fmt: skip
     """As `value_gradient_kernel` and `gradient_kernel`, for the extreme ones among `MANY` chunks."""
     i_h = tl.program_id(1)
-    first, o_c, o_k = tl.program_id(0) * MANY, tl.arange(0, MANY), tl.arange(0, BK)
-    mask = ((first + o_c) < count)[:, None] & (o_k < K)[None, :]
-    offset = ((first + o_c).to(tl.int64) * H + i_h)[:, None] * K + o_k[None, :]
-    if tl.max(tl.max(tl.load(half + offset, mask=mask, other=0.0), axis=1), axis=0) > LIMIT:
+    first = tl.program_id(0) * MANY
+    if _any_extreme(half, first, count, i_h, H, K, BK, LIMIT):
         for i in range(tl.minimum(MANY, count - first)):
             i_c = first + i
             if is_extreme(half, i_c.to(tl.int64) * H + i_h, K, BK, DECAY, LIMIT):

@@ -135,13 +135,9 @@ def prepare_kernel(
         tl.store(centre + p_c, b_first - b_half, mask=o_k < K)
         tl.store(half + p_c, b_half, mask=o_k < K)
         b_offset = cumsum(b_rest, False, BT, FAST, PART)
-        if tl.max(b_half, axis=0) > LIMIT:
-            b_q *= exp(b_offset + b_first[None, :], FAST)
-            b_k *= exp(cumsum(b_g, True, BT, FAST, PART) - b_g, FAST)
-        else:
-            b_offset += b_half[None, :]
-            b_q *= exp(b_offset, FAST)
-            b_k *= exp(-b_offset, FAST)
+        b_offset += b_half[None, :]
+        b_q *= exp(b_offset, FAST)
+        b_k *= exp(-b_offset, FAST)
     tl.store(q_tilde + row * K + o_x, b_q.to(q_tilde.dtype.element_ty), mask=mask)
     tl.store(k_tilde + row * K + o_x, b_k.to(k_tilde.dtype.element_ty), mask=mask)
 

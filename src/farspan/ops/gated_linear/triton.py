@@ -34,8 +34,8 @@ class Tiles(NamedTuple):
 
     state: tuple[int, int, int] = (64, 4, 3)
     output: tuple[int, int, int] = (128, 4, 1)
-    value_gradient: tuple[int, int, int] = (128, 4, 1)
-    gradient: tuple[int, int, int] = (64, 4, 1)
+    value_gradient: tuple[int, int, int] = (64, 4, 1)
+    gradient: tuple[int, int, int] = (64, 4, 3)
 
 
 # (architecture family, padded K up to, bytes of an operand) -> tiles. The nearest older family serves an unlisted one.
@@ -295,6 +295,11 @@ def _prepare(
         options.scale, options.normalizer, **_shape(q, v, NARROWEST), DECAY=options.decay, LIMIT=LIMIT[q.dtype],
         AUGMENT=options.augment, **_sums(q), num_warps=4,
     )  # fmt: skip
+    if gate is not None:
+        extreme_kernels.extreme_prepare_kernel[(_many(plan), heads)](
+            q, q if k is None else k, gate, prepared.q, prepared.k, prepared.half, plan.chunks, chunks, options.scale,
+            options.normalizer, **_shape(q, v, NARROWEST), DECAY=options.decay, LIMIT=LIMIT[q.dtype], num_warps=4,
+        )  # fmt: skip
     return prepared
 
 
