@@ -42,6 +42,5 @@ def retrieved_experts_reference(
     """
     dtype = compute_dtype(x, weights, down, up)
     hidden = torch.einsum("nd,nrd->nr", x.to(dtype), down[expert_ids].to(dtype))
-    return torch.einsum("nr,nrd->nd", weights.to(dtype) * ACTIVATIONS[activation](hidden), up[expert_ids].to(dtype)).to(
-        x.dtype
-    )
+    coefficients = weights.to(dtype) * ACTIVATIONS[activation](hidden)
+    return torch.einsum("nr,nrd->nd", coefficients, up[expert_ids].to(dtype)).to(x.dtype)
