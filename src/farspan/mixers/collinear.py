@@ -78,15 +78,11 @@ class CollinearMixer(Mixer):
                 f"collinear: head_dim={self.head_dim} and its {self.rotary_dim} rotated channels must both be even and "
                 "positive, since channels are tied in pairs; change head_dim or partial_rotary_factor."
             )
-        bias = options.attention_bias
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=bias)
-        self.t_proj = nn.Linear(config.hidden_size, self.key_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, self.key_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
-
-    @staticmethod
-    def cache_kind(options: Any) -> CacheKind:
-        return "kv" if options.sliding_window is None else "window"
+        width, bias = config.hidden_size, options.attention_bias
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
+        self.t_proj = nn.Linear(width, self.key_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.key_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=bias)
 
     def forward(
         self,
@@ -136,6 +132,10 @@ class CollinearMixer(Mixer):
             keys = SequenceLayout(positions, context_length=layout.context_length)
             layout = layout.once(("collinear keys", self.options.sliding_window), lambda: keys)
         return layout.rotary(self.rotary_dim, self.rope_parameters, self.max_position_embeddings)
+
+    @staticmethod
+    def cache_kind(options: Any) -> CacheKind:
+        return "kv" if options.sliding_window is None else "window"
 
     def new_cache(self) -> LayerCache:
         return CoefficientCache(self.options.sliding_window)

@@ -33,8 +33,9 @@ def collinear_query(q: Tensor, cos: Tensor, sin: Tensor, *, form: str, scale: fl
     Returns:
         `[B, T, H, K]` in q's dtype.
     """
-    past = cos.shape[1] - q.shape[1]
-    (a, b, rest), c, s = _pairs(q, cos[:, past:], sin[:, past:])
+    past, half = cos.shape[1] - q.shape[1], cos.shape[-1]
+    q_wide, c, s = _wide(q, cos[:, past:], sin[:, past:])
+    a, b, rest = q_wide.split((half, half, q.shape[-1] - 2 * half), dim=-1)
     if form == "slack":
         first, second = a * (a * c - b * s), b * (b * c + a * s)
     else:
@@ -46,8 +47,8 @@ def collinear_query(q: Tensor, cos: Tensor, sin: Tensor, *, form: str, scale: fl
 def collinear_key(t: Tensor, cos: Tensor, sin: Tensor, *, form: str, tie: str) -> Tensor:
     """The key that belongs to `collinear_query`: the coefficients, rotated to their place.
 
-    With the coefficients (t, t') of a rotary pair at position n (t = t' where it is tied): slack R_n (t, t'), strict
-    t (cos, sin). Channels that are not rotated keep theirs.
+    At position n, a tied rotary pair with the coefficient t: slack R_n (t, t) = t (cos − sin, cos + sin), strict
+    t (cos, sin); a pair that is not tied, (t, t'): slack R_n (t, t'). Channels that are not rotated keep theirs.
 
     Args:
         t: `[B, S, G, K/2]` from `collinear_coefficients`.
@@ -58,30 +59,28 @@ def collinear_key(t: Tensor, cos: Tensor, sin: Tensor, *, form: str, tie: str) -
     Returns:
         `[B, S, G, K]` in t's dtype.
     """
-    (a, b, rest), c, s = _pairs(spread(t, 2 * cos.shape[-1], tie), cos, sin)
-    first, second = (a * c - b * s, b * c + a * s) if form == "slack" else (a * c, a * s)
-    return torch.cat((first, second, rest), dim=-1).to(t.dtype)
+    half, channels = cos.shape[-1], 2 * t.shape[-1]
+    t_wide, c, s = _wide(t, cos, sin)
+    if tie == "rotary" or 2 * half == channels:
+        first, second = (c - s, c + s) if form == "slack" else (c, s)
+        pairs, rest = t_wide.split((half, channels // 2 - half), dim=-1)
+        key = torch.cat((pairs * first, pairs * second, rest, rest), dim=-1)
+    else:
+        spread = torch.cat((t_wide, t_wide), dim=-1)
+        a, b, rest = spread.split((half, half, channels - 2 * half), dim=-1)
+        key = torch.cat((a * c - b * s, b * c + a * s, rest), dim=-1)
+    return key.to(t.dtype)
 
 
 def tied_means(raw: Tensor, rotary_dim: int, tie: str) -> Tensor:
     """The mean of every tied pair of channels, `[..., K]` → `[..., K/2]`."""
-    sizes = _blocks(raw.shape[-1], rotary_dim, tie)
-    return torch.cat([block.unflatten(-1, (2, -1)).mean(-2) for block in raw.split(sizes, dim=-1)], dim=-1)
+    width = raw.shape[-1]
+    # The halves of each block are tied to each other.
+    blocks = [width] if tie == "head" else [size for size in (rotary_dim, width - rotary_dim) if size]
+    return torch.cat([block.unflatten(-1, (2, -1)).mean(-2) for block in raw.split(blocks, dim=-1)], dim=-1)
 
 
-def spread(t: Tensor, rotary_dim: int, tie: str) -> Tensor:
-    """Gives both channels of every tied pair their coefficient, `[..., K/2]` → `[..., K]`."""
-    sizes = [size // 2 for size in _blocks(2 * t.shape[-1], rotary_dim, tie)]
-    return torch.cat([half for block in t.split(sizes, dim=-1) for half in (block, block)], dim=-1)
-
-
-def _blocks(width: int, rotary_dim: int, tie: str) -> list[int]:
-    """Widths of the blocks of channels whose halves are tied to each other."""
-    return [width] if tie == "head" else [size for size in (rotary_dim, width - rotary_dim) if size]
-
-
-def _pairs(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
-    """Both channels of the rotary pairs (j, j + r/2), the channels that are not rotated, and the table; all wide."""
-    dtype, half = compute_dtype(x), cos.shape[-1]
-    parts = x.to(dtype).split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    return parts, cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)
+def _wide(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensor `[B, S, H, K]` and its table `[B, S, 1, r/2]` in the dtype of computation."""
+    dtype = compute_dtype(x)
+    return x.to(dtype), cos.to(dtype).unsqueeze(2), sin.to(dtype).unsqueeze(2)
