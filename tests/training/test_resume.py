@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import filesystem
 
-from farspan.errors import CheckpointError, ConfigError
+from farspan.errors import CheckpointError, ConfigError, DataError
 from farspan.training import loop
 from farspan.training.checkpoint import complete_checkpoints, latest_checkpoint
 from farspan.training.loop import train
@@ -59,6 +59,16 @@ def uninterrupted(tiny: Tiny, history: History) -> list[dict[str, Any]]:
         ("final", 12),
     ]
     return rows
+
+
+@pytest.fixture
+def stopped(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A run that died after step 4; its only checkpoint is that of step 3."""
+    recipe = tiny("stopped")
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        crash_before(5, patch, raise_crash)
+        train(recipe)
+    return recipe
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 9, 12])
@@ -121,15 +131,59 @@ def test_only_the_newest_checkpoints_are_kept(tiny: Tiny) -> None:
     assert names == ["step_00000008", "step_00000010", "step_00000012"]
 
 
-def test_a_damaged_checkpoint_is_named(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tiny()
-    with monkeypatch.context() as patch, pytest.raises(Crash):
-        crash_before(5, patch, raise_crash)
-        train(recipe)
-    weights = recipe.run_dir / "checkpoints/step_00000003/__0_0.distcp"
+def test_a_damaged_checkpoint_is_named(stopped: Recipe) -> None:
+    weights = stopped.run_dir / "checkpoints/step_00000003/__0_0.distcp"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=r"step_00000003' cannot be read.*Delete that folder"):
-        train(recipe)
+    with pytest.raises(CheckpointError, match=r"step_00000003' cannot be read: __0_0.distcp is damaged.*Delete that"):
+        train(stopped)
+
+
+def damage(path: Path) -> None:
+    """Flips one bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "rank_0.pt", "progress.json", "checksums.json"])
+def test_one_wrong_bit_in_a_checkpoint_is_noticed(name: str, stopped: Recipe) -> None:
+    damage(stopped.run_dir / "checkpoints/step_00000003" / name)
+    with pytest.raises(CheckpointError, match=r"step_00000003' cannot be read: \S.*\. Delete that folder"):
+        train(stopped)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(stopped: Recipe) -> None:
+    folder = stopped.run_dir / "checkpoints"
+    (folder / "step_00000003").rename(folder / "step_00000009")
+    with pytest.raises(CheckpointError, match=r"step_00000009' cannot be read: its progress.json is that of step 3"):
+        train(stopped)
+
+
+def test_an_error_without_words_is_named_by_its_type(stopped: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise EOFError
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(CheckpointError, match=r"cannot be read: EOFError\. Delete"):
+        train(stopped)
+
+
+def test_a_damaged_log_is_refused_and_left_as_it_is(stopped: Recipe) -> None:
+    path = stopped.run_dir / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for content in (b'{"kind": "tra\n', b"\xff\xfe\n", b"5\n", b'{"kind": "train"}\n'):
+        path.write_bytes(b"".join([lines[0], content, *lines[2:]]))
+        before = path.read_bytes()
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl, line 2 is damaged"):
+            train(stopped)
+        assert path.read_bytes() == before
+
+
+def test_a_log_that_lacks_steps_is_noted(stopped: Recipe, capsys: pytest.CaptureFixture[str], changed: Any) -> None:
+    path = stopped.run_dir / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    train(changed(stopped, "logging", progress="plain"))
+    assert "metrics.jsonl lacks 2 of the 3 steps before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -180,6 +234,28 @@ def test_never_moves_the_earlier_run_aside(tiny: Tiny, history: History, changed
     before = history(recipe.run_dir)
     train(changed(recipe, "train", seed=1), resume="never")
     assert history(Path(f"{recipe.run_dir}.1")) == before != history(recipe.run_dir)
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("model", {"mixers": ["none"]}),
+        ("data", {"corpus": "nowhere", "directory": None}),
+        ("data", {"valid_fraction": 0.0, "directory": None}),
+        ("train", {"warmup_steps": 99}),
+    ],
+)
+def test_never_leaves_the_earlier_run_where_it_is_if_none_can_start(
+    section: str, values: dict[str, Any], tiny: Tiny, changed: Any
+) -> None:
+    recipe = tiny()
+    recipe.run_dir.mkdir()
+    (recipe.run_dir / "recipe.yaml").write_text(recipe.to_yaml())
+    (recipe.run_dir / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises((ConfigError, DataError)):
+        train(changed(recipe, section, **values), resume="never")
+    assert (recipe.run_dir / "model.safetensors").read_bytes() == b"weights"
+    assert [path.name for path in recipe.run_dir.parent.iterdir()] == ["run"]
 
 
 def test_must_refuses_to_start(tiny: Tiny) -> None:

@@ -1,8 +1,9 @@
 """A model directory on disk: the model and its tokenizer, what they were trained on, and clear words when they fail."""
 
 import contextlib
+import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,19 @@ if TYPE_CHECKING:
     from farspan.models import FarspanConfig, FarspanForCausalLM
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_RUN_FIELDS: dict[str, type] = {
+    "name": str,
+    "imports": list,
+    "sequence_length": int,
+    "dataset": str,
+    "corpus": dict,
+    "versions": dict,
+    "parameters": int,
+    "step": int,
+    "tokens": int,
+    "bits_per_byte": float,
+}
+_CORPUS_FIELDS: dict[str, type] = {"name": str, "fingerprint": str, "tokenizer": str, "splits": dict}
 
 
 def check_model_directory(directory: str | Path) -> Path:
@@ -38,10 +52,11 @@ def check_model_directory(directory: str | Path) -> Path:
 
 
 def load_config(directory: str | Path) -> "FarspanConfig":
-    """The configuration of a model directory.
+    """The configuration of a model directory; the modules that its run imported are imported before.
 
     Raises:
         CheckpointError: when it is not readable as one of Farspan's.
+        ConfigError: when a module cannot be imported.
     """
     from farspan.models import FarspanConfig
 
@@ -53,11 +68,14 @@ def load_config(directory: str | Path) -> "FarspanConfig":
     kind = content.get("model_type") if isinstance(content, dict) else None
     if kind != FarspanConfig.model_type:
         raise CheckpointError(f"{path} describes a model of type {kind!r}; Farspan evaluates its own ('farspan').")
+    import_modules(read_run(directory).get("imports", ()))
     try:
         with _quiet():
             return FarspanConfig.from_pretrained(path.parent, local_files_only=True)
     except FarspanError as error:
         raise CheckpointError(f"{path} is not accepted: {error}") from error
+    except Exception as error:  # transformers reads some fields, such as dtype, as they stand
+        raise CheckpointError(f"{path} is damaged: {reason(error)}.") from error
 
 
 def load_model(
@@ -90,8 +108,7 @@ def load_model(
                 ignore_mismatched_sizes=True,  # they are reported, and refused below
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"the weights in {directory} cannot be read: {reason}") from error
+        raise CheckpointError(f"the weights in {directory} cannot be read: {reason(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(key if isinstance(key, str) else key[0] for key in found[what]):
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
@@ -119,12 +136,51 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase":
 
 
 def read_run(directory: str | Path) -> dict[str, Any]:
-    """What `farspan train` wrote of the run in this directory (run.json); empty for other model directories."""
+    """What `farspan train` wrote of the run in this directory (run.json); empty for other model directories.
+
+    Raises:
+        CheckpointError: when the file is damaged.
+    """
+    path = Path(directory) / "run.json"
     try:
-        content = json.loads((Path(directory) / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return content if isinstance(content, dict) else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {reason(error)}. Put back the file or delete it.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object. Put back the file or delete it.")
+    corpus = content.get("corpus")
+    found = [(content, _RUN_FIELDS, name) for name in _RUN_FIELDS if name in content]
+    found += [(corpus, _CORPUS_FIELDS, name) for name in _CORPUS_FIELDS] if isinstance(corpus, dict) else []
+    for values, kinds, name in found:
+        if not isinstance(values.get(name), kinds[name]):
+            raise CheckpointError(
+                f"{path} is damaged: {name} is {values.get(name)!r}, not {kinds[name].__name__}. "
+                "Put back the file or delete it."
+            )
+    return content
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Imports Python modules by name, such as one that registers a mixer.
+
+    Raises:
+        ConfigError: when one of them cannot be found.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except (ImportError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"imports: {name!r} cannot be imported ({reason(error)}). Install the module, or name its folder in "
+                "PYTHONPATH."
+            ) from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an exception says, never empty."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def trained_length(directory: str | Path, config: "FarspanConfig") -> int:
@@ -142,12 +198,14 @@ def choose_device(name: str) -> "torch.device":
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    accepted = "Accepted: auto, cpu, cuda, cuda:N."
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(f"device {name!r} cannot be used here: {reason} Accepted: auto, cpu, cuda, cuda:N.") from None
+        raise ConfigError(f"device {name!r} cannot be used here: {reason(error)} {accepted}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} cannot be used: models run on the CPU or an NVIDIA GPU. {accepted}")
     return device
 
 

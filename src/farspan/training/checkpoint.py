@@ -4,20 +4,22 @@
         .metadata  __0_0.distcp          weights and optimiser (torch.distributed.checkpoint)
         progress.json                    step, tokens and seconds so far
         rank_0.pt                        random generators and data position of each rank
+        checksums.json                   sha256 of each of these files
 
-A checkpoint is written as `step_00000200.partial`, its small files first, and renamed when torch's `.metadata`, which
-comes last, is there. Killing the process at any moment leaves at most a `.partial` folder, which is never read and is
-swept away by the next run. Checkpoints hold pickled metadata: read your own, and share the model directory instead.
+A checkpoint is written as `step_00000200.partial` and renamed when all of it is there, the checksums last; loading
+verifies them. Killing the process at any moment leaves at most a `.partial` folder, which is never read and is swept
+away by the next run. Checkpoints hold pickled metadata: read your own, and share the model directory instead.
 """
 
 import contextlib
 import errno
+import hashlib
 import json
 import random
 import re
 import shutil
 import warnings
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +32,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from farspan.errors import CheckpointError
+from farspan.evaluation.loading import reason
 from farspan.training.parallel import Parallel
+
+CHECKSUMS = "checksums.json"
 
 
 @dataclass
@@ -73,7 +78,8 @@ class Checkpointer:
 
     def __init__(self, directory: Path, keep: int, parallel: Parallel) -> None:
         self.directory, self.keep, self.parallel = directory, keep, parallel
-        self._pending: tuple[Future[Any], Path, Path] | None = None
+        self._pending: tuple[Future[None], Path, Path] | None = None
+        self._writer = ThreadPoolExecutor(1)
         # torch warns on every save and load that one process saves alone; that is the intent here.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
@@ -96,7 +102,7 @@ class Checkpointer:
             CheckpointError: This save could not start, or the one before it failed; earlier checkpoints are intact.
         """
         self.wait()  # one save at a time
-        target = self.directory / f"step_{progress.step:08d}"
+        target = self.directory / _name(progress.step)
         if (target / ".metadata").is_file():
             return
         partial = target.with_name(target.name + ".partial")
@@ -107,14 +113,14 @@ class Checkpointer:
             torch.save(rank_state, partial / f"rank_{self.parallel.rank}.pt")
             weights, moments = get_state_dict(model, optimizer)
             # (in one process async_save returns the plain future of the upload)
-            future = dcp.async_save(
+            uploading: Any = dcp.async_save(
                 {"model": weights, "optimizer": moments},
                 checkpoint_id=partial,
                 process_group=self.parallel.checkpoint_group,
             )
         except (OSError, RuntimeError) as error:
             raise self._failed(partial, error) from error
-        self._pending = (future, partial, target)  # type: ignore[assignment]
+        self._pending = self._writer.submit(_complete, uploading, partial), partial, target
 
     def poll(self) -> None:
         """Completes the pending save if it has been written; call it between steps.
@@ -167,16 +173,19 @@ class Checkpointer:
             CheckpointError: The checkpoint is damaged or belongs to another model.
         """
         try:
+            _verify(path)
             weights, moments = get_state_dict(model, optimizer)
             state: dict[str, Any] = {"model": weights, "optimizer": moments}
             dcp.load(state, checkpoint_id=path, process_group=self.parallel.checkpoint_group)
             set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
             progress = Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
+            if path.name != _name(progress.step):
+                raise CheckpointError(f"its progress.json is that of step {progress.step}")
             rank_state = torch.load(path / f"rank_{self.parallel.rank}.pt", weights_only=True)
         except (Exception, CheckpointException) as error:
             raise CheckpointError(
-                f"checkpoint {str(path)!r} cannot be read: {_cause(error)}. Delete that folder to resume from the "
-                "checkpoint before it."
+                f"checkpoint {str(path)!r} cannot be read: {reason(_cause(error)).rstrip('.')}. Delete that folder to "
+                "resume from the checkpoint before it."
             ) from error
         return progress, rank_state
 
@@ -185,13 +194,37 @@ class Checkpointer:
         shutil.rmtree(partial, ignore_errors=True)
         cause, earlier = _cause(error), latest_checkpoint(self.directory)
         step = partial.name.removesuffix(".partial").removeprefix("step_").lstrip("0")
-        reason = f"{type(cause).__name__}: {cause}"
+        what = f"{type(cause).__name__}: {reason(cause)}"
         if is_disk_full(cause):
-            reason = f"no space left on the disk of {str(self.directory)!r}"
+            what = f"no space left on the disk of {str(self.directory)!r}"
         kept = "there is no earlier one"
         if earlier:
             kept = f"{earlier.name} is intact: free some space and run the same command again to resume from it"
-        return CheckpointError(f"the checkpoint of step {step} was not written: {reason}; {kept}.")
+        return CheckpointError(f"the checkpoint of step {step} was not written: {what}; {kept}.")
+
+
+def _name(step: int) -> str:
+    """Folder of the checkpoint of a step."""
+    return f"step_{step:08d}"
+
+
+def _complete(uploading: "Future[Any]", partial: Path) -> None:
+    """Waits until torch has written its files, then adds the checksums of all."""
+    uploading.result()
+    sums = {path.name: _checksum(path) for path in sorted(partial.iterdir())}
+    (partial / CHECKSUMS).write_text(json.dumps(sums, indent=2), encoding="utf-8")
+
+
+def _verify(path: Path) -> None:
+    """Raises unless the files of a checkpoint are those that were written."""
+    for name, expected in json.loads((path / CHECKSUMS).read_text(encoding="utf-8")).items():
+        if _checksum(path / name) != expected:
+            raise CheckpointError(f"{name} is damaged, its checksum is another than when it was written")
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -9,6 +9,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from farspan.errors import CheckpointError
+
 # Dense bfloat16 peaks of the makers' data sheets, FLOP/s. A device that is not here gets no utilisation figure, because
 # a guessed peak makes a wrong one.
 _PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
@@ -33,13 +35,19 @@ class MetricsLog:
         after_step: Rows of later steps are removed, as are a final row, which is written after the last checkpoint, and
             a last line that was cut short; 0 empties the file.
 
+    Attributes:
+        missing: How many of the steps up to `after_step` have no row, because the file was deleted or shortened.
+
     Raises:
+        CheckpointError: The file is damaged; it is left as it is.
         OSError: The file cannot be written.
     """
 
     def __init__(self, path: Path, after_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(path) if row["step"] <= after_step and row["kind"] != "final"]
+        rows = read_metrics(path) if after_step else []
+        kept = [row for row in rows if row["step"] <= after_step and row["kind"] != "final"]
+        self.missing = after_step - len({row["step"] for row in kept if row["kind"] == "train"})
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         os.replace(partial, path)
@@ -56,16 +64,26 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl up to the first that is not whole; an absent file has none."""
+    """The rows of metrics.jsonl, without a last line that was cut short; an absent file has none.
+
+    Raises:
+        CheckpointError: A line is damaged; the message gives its number.
+    """
     rows: list[dict[str, Any]] = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        lines = path.read_bytes().splitlines()
+        for number, line in enumerate(lines, start=1):
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the process died while writing it; nothing follows
-            if not isinstance(row, dict) or not {"kind", "step"} <= row.keys():
-                break
+                row = json.loads(line.decode("utf-8"))
+                if not isinstance(row["kind"], str) or not isinstance(row["step"], int):
+                    raise TypeError
+            except (ValueError, TypeError, KeyError):
+                if number == len(lines):
+                    break  # the process died while writing it
+                raise CheckpointError(
+                    f"{path}, line {number} is damaged. Mend the line, or delete the file: training goes on without "
+                    "it, and the report shows the steps from then on."
+                ) from None
             rows.append(row)
     return rows
 
