@@ -3,7 +3,11 @@
 import json
 import math
 import random
+import re
+import shlex
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.cli.main import main
 from farspan.data.dataset import open_dataset
 from farspan.data.loader import make_loader
 from farspan.errors import CheckpointError, ConfigError, DataError
+from farspan.nn.feed_forward import AuxiliaryRecord, FeedForward, register_feed_forward
 from farspan.training.guard import NonFiniteError
 from farspan.training.logs import read_metrics
 from farspan.training.loop import optimizer_step, train
@@ -68,6 +74,36 @@ def test_accumulation_equals_one_large_batch(dataset_directory: Path) -> None:
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, **REORDERED)
+
+
+@dataclass
+class SquaredOptions:
+    pass
+
+
+class Squared(FeedForward):
+    """A feed-forward with an auxiliary loss."""
+
+    def __init__(self, config: Any, options: SquaredOptions) -> None:
+        super().__init__()
+        self.proj = torch.nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, AuxiliaryRecord]:
+        y = self.proj(x)
+        return y, AuxiliaryRecord(loss=10 * y.square().mean())
+
+    def flops_per_token(self) -> float:
+        return 2.0 * self.proj.weight.numel()
+
+
+register_feed_forward("training_test_squared", Squared, SquaredOptions)
+
+
+def test_an_auxiliary_loss_does_not_grow_with_accumulation(dataset_directory: Path) -> None:
+    (large,) = batches(dataset_directory, 1, batch_size=4)
+    small = batches(dataset_directory, 4, batch_size=1)
+    results = [step(tiny_model(feed_forwards=["training_test_squared"]), given) for given in ([large], small)]
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
 def test_the_step_is_clipped_adamw_on_the_mean_loss(dataset_directory: Path) -> None:
@@ -134,9 +170,26 @@ def test_a_run_that_diverges_names_the_step_and_keeps_its_checkpoint(tiny: Tiny,
 
     monkeypatch.setattr(loop, "optimizer_step", diverging)
     recipe = tiny()
-    with pytest.raises(NonFiniteError, match=r"step 5: the loss is nan.*'model.embed_tokens.weight'"):
+    with pytest.raises(NonFiniteError, match=r"step 5: the loss is nan.*'model.embed_tokens.weight'.*resume never"):
         train(recipe)
     assert [path.name for path in (recipe.run_dir / "checkpoints").iterdir()] == ["step_00000003"]
+    assert not (recipe.run_dir / "config.json").exists()  # broken weights are no model
+
+
+@pytest.mark.parametrize("way", ["--model.from-pretrained", "--resume"])
+def test_the_advice_after_a_divergence_can_be_followed(
+    way: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny("my run", train={"learning_rate": 0.5}).to_yaml())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "get_total_norm", lambda gradients: torch.tensor(math.inf))
+        assert main(["train", str(recipe)]) == 2
+    message = capsys.readouterr().err
+    advice = re.search(rf"({way} .*?)(, or |\.$)", message.strip())
+    assert advice and "a lower --train.learning-rate" in message
+    words = [word.replace("ANOTHER", str(tmp_path / "another")) for word in shlex.split(advice[1])]
+    assert main(["train", str(recipe), "--train.learning-rate", "1e-3", *words]) == 0
 
 
 def test_a_run_directory_ends_as_a_model_directory(tiny: Tiny) -> None:
@@ -242,6 +295,60 @@ def test_a_corpus_without_a_valid_split_is_refused_before_training(tiny: Tiny, t
     assert not (recipe.run_dir / "metrics.jsonl").exists()
 
 
+def test_recomputed_activations_are_work_but_not_utilisation(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    from farspan.training import loop
+
+    monkeypatch.setattr(loop, "peak_flops", lambda device, precision: 1e12)
+    for recomputing, share in ((False, 1.0), (True, 0.75)):
+        recipe = tiny(f"run{recomputing}", train={"max_steps": 3, "gradient_checkpointing": recomputing})
+        train(recipe)
+        row = read_metrics(recipe.run_dir / "metrics.jsonl")[0]
+        assert row["mfu"] * 1e12 == pytest.approx(share * row["flops_per_second"], rel=1e-4)
+
+
+def test_a_schedule_that_does_not_fit_the_run_is_refused_before_the_data(tiny: Tiny) -> None:
+    for values, message in (
+        ({"warmup_steps": 12}, r"train\.warmup_steps=12: the run has 12 steps"),
+        ({"max_steps": None, "max_tokens": 65, "warmup_steps": 3}, r"train\.warmup_steps=3: the run has 3 steps"),
+        ({"lr_scheduler_type": "wsd", "decay_steps": 13}, r"train\.decay_steps=13: the run has 12 steps"),
+        ({"lr_scheduler_type": "wsd", "decay_steps": 11}, r"train\.decay_steps=11: the run has 12 steps, 2 of them"),
+    ):
+        recipe = tiny(train=values, data={"directory": None})
+        with pytest.raises(ConfigError, match=message):
+            train(recipe)
+        assert not (recipe.run_dir / "data").exists()
+
+
+def test_modules_of_the_recipe_are_imported_with_the_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from farspan.mixers.base import MIXERS
+
+    recipe = tiny(model={"mixers": ["from_a_module"]}, train={"max_steps": 3})
+    recipe.imports = ["farspan_test_mixers"]
+    with pytest.raises(ConfigError, match=r"imports: 'farspan_test_mixers' cannot be imported \(No module named"):
+        train(recipe)
+    assert not recipe.run_dir.exists()
+
+    (tmp_path / "farspan_test_mixers.py").write_text(
+        "from farspan.mixers.base import register_mixer\n"
+        "from farspan.mixers.softmax import SoftmaxMixer, SoftmaxOptions\n"
+        "class Mixer(SoftmaxMixer): pass\n"
+        "register_mixer('from_a_module', Mixer, SoftmaxOptions)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    train(recipe)
+    run = str(recipe.run_dir)
+    generate = ["generate", run, "12", "--max-new-tokens", "2"]
+    evaluate = ["eval", run, "--protocols", "sliding", "--no-baselines"]
+    for command in (["info", run], generate, evaluate):  # each as in a new process
+        monkeypatch.delitem(sys.modules, "farspan_test_mixers")
+        monkeypatch.delitem(MIXERS._entries, "from_a_module")
+        assert main(command) == 0, capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, "farspan_test_mixers")
+    monkeypatch.delitem(MIXERS._entries, "from_a_module")
+
+
 def test_resuming_on_another_machine_is_noted(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny(logging={"progress": "plain"})
     train(recipe)
@@ -254,6 +361,13 @@ def test_resuming_on_another_machine_is_noted(tiny: Tiny, capsys: pytest.Capture
 def test_several_processes_are_refused_until_they_work(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="WORLD_SIZE=2"):
+        train(tiny())
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
+def test_a_launcher_that_gives_no_numbers_is_named(name: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(ConfigError, match=f"{name}='x' in the environment is not a number"):
         train(tiny())
 
 

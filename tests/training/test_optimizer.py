@@ -106,11 +106,11 @@ def test_the_guard_names_step_and_parameter() -> None:
 
 def test_the_guard_names_the_loss_and_broken_weights() -> None:
     model = model_with_gradients()
-    with pytest.raises(NonFiniteError, match=r"step 4: the loss is nan\. The weights were not changed"):
+    with pytest.raises(NonFiniteError, match=r"step 4: the loss is nan; the weights were not changed"):
         check_finite(4, math.nan, 1.0, model)
     with torch.no_grad():
         model.weight[0, 0] = math.nan
-    with pytest.raises(NonFiniteError, match=r"The weights 'weight' \(2, 2\) hold NaN"):
+    with pytest.raises(NonFiniteError, match=r"the weights 'weight' \(2, 2\) hold NaN"):
         check_finite(4, math.nan, math.nan, model)
 
 

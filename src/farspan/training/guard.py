@@ -1,6 +1,7 @@
 """Stops a run at the first loss or gradient that is not a number, before it reaches the weights."""
 
 import math
+import shlex
 
 import torch
 from torch import nn
@@ -29,25 +30,46 @@ def check_finite(step: int, loss: float, grad_norm: float, model: nn.Module) -> 
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
-    advice = (
-        "The weights were not changed by this step. Resuming repeats the step, so change something: a lower "
-        "train.learning_rate, a longer train.warmup_steps, a smaller train.max_grad_norm or train.precision fp32."
-    )
     if not math.isfinite(loss):
-        raise NonFiniteError(f"step {step}: the loss is {loss}. {_broken_weight(model)}{advice}")
+        weights = broken_weight(model) or "the weights were not changed by this step"
+        raise NonFiniteError(f"step {step}: the loss is {loss}; {weights}.")
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
             bad = int((~torch.isfinite(parameter.grad)).sum())
             raise NonFiniteError(
                 f"step {step}: the loss is {loss:.6g}, but {bad} of {parameter.grad.numel()} gradients of "
-                f"{name!r} {tuple(parameter.shape)} are NaN or infinite. {advice}"
+                f"{name!r} {tuple(parameter.shape)} are NaN or infinite; the weights were not changed by this step."
             )
-    raise NonFiniteError(f"step {step}: every gradient is finite, but their norm overflows to {grad_norm}. {advice}")
+    raise NonFiniteError(
+        f"step {step}: every gradient is finite, but their norm overflows to {grad_norm}; the weights were not changed "
+        "by this step."
+    )
 
 
-def _broken_weight(model: nn.Module) -> str:
-    """Tells a bad input or overflow in the forward pass from weights that were already broken."""
+def broken_weight(model: nn.Module) -> str:
+    """Names the first weights that are not finite; "" where all are, so that the forward pass overflowed."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            return f"The weights {name!r} {tuple(parameter.shape)} hold NaN or infinite values. "
+            return f"the weights {name!r} {tuple(parameter.shape)} hold NaN or infinite values"
     return ""
+
+
+def way_out(run_dir: str, preset: str | None, broken: bool) -> str:
+    """What to do after a `NonFiniteError`: resuming would repeat the step.
+
+    Args:
+        run_dir: The run directory.
+        preset: `model.preset` of the recipe, which cannot stand beside `model.from_pretrained`.
+        broken: Whether the weights are not finite themselves; otherwise `run_dir` holds them as a model directory.
+    """
+    change = (
+        "Resuming would repeat the step, so change something: a lower --train.learning-rate, a longer "
+        "--train.warmup-steps, a smaller --train.max-grad-norm or --train.precision fp32. With that, "
+    )
+    if broken:
+        return f"{change}start anew with --resume never."
+    without_preset = " --model.preset None" if preset else ""
+    return (
+        f"{change}go on from these weights with --model.from-pretrained {shlex.quote(run_dir)}{without_preset} "
+        "--output-dir ANOTHER, or start anew with --resume never."
+    )

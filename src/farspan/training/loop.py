@@ -9,7 +9,6 @@ and optimiser are float32; with bf16 the matrix products run under autocast.
 """
 
 import contextlib
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from farspan.data.dataset import PreparedDataset
 from farspan.data.loader import make_loader
 from farspan.errors import CheckpointError
 from farspan.evaluation.environment import processor, versions
-from farspan.evaluation.loading import read_run
+from farspan.evaluation.loading import import_modules, read_run
 from farspan.evaluation.perplexity import bits_per_byte
 from farspan.nn.losses import IGNORE_INDEX
 from farspan.training.checkpoint import Checkpointer, Progress, is_disk_full, restore_rng
-from farspan.training.guard import check_finite
+from farspan.training.guard import NonFiniteError, broken_weight, check_finite, way_out
 from farspan.training.interrupt import StopRequest
 from farspan.training.logs import Display, MetricsLog, TensorBoard, duration, peak_flops, quantity
 from farspan.training.optimizer import build_optimizer, learning_rate, set_learning_rate
@@ -64,6 +63,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", command: str = "") -> Path
             a number. Complete checkpoints stay intact.
     """
     recipe.validate()
+    import_modules(recipe.imports)
     parallel = Parallel.start()
     try:
         with open_run(recipe, resume) as run:
@@ -86,6 +86,7 @@ def train(recipe: Recipe, *, resume: Resume = "auto", command: str = "") -> Path
 def _run(recipe: Recipe, run: Run, parallel: Parallel, display: Display, command: str) -> None:
     """Everything between opening the run directory and leaving it."""
     settings, device = recipe.train, parallel.device
+    total, tokens_per_step = recipe.total_steps(parallel.world_size), recipe.tokens_per_step(parallel.world_size)
 
     # Data and model.
     seed_everything(settings.seed)
@@ -111,16 +112,10 @@ def _run(recipe: Recipe, run: Run, parallel: Parallel, display: Display, command
         separate_documents=recipe.data.separate_documents,
     )
 
-    # How long, and at what cost.
-    tokens_per_step = (
-        settings.per_device_train_batch_size
-        * settings.gradient_accumulation_steps
-        * recipe.data.sequence_length
-        * parallel.world_size
-    )
-    total = settings.max_steps or math.ceil((settings.max_tokens or 0) / tokens_per_step)
-    # A backward pass costs two forward passes; recomputing activations costs one more.
-    flops_per_token = model.flops_per_token(recipe.data.sequence_length) * (4 if settings.gradient_checkpointing else 3)
+    # What a step costs: a backward pass is two forward passes. Recomputing activations is one more, which the device
+    # does but the model has no use for: it counts as work, not as utilisation.
+    useful = 3 * model.flops_per_token(recipe.data.sequence_length) * tokens_per_step
+    work = useful * 4 / 3 if settings.gradient_checkpointing else useful
     peak = peak_flops(device, precision)
 
     # Where we are.
@@ -143,6 +138,8 @@ def _run(recipe: Recipe, run: Run, parallel: Parallel, display: Display, command
         display.message(f"note: other {', '.join(changed)} than before; digits may differ from an uninterrupted run")
     write_run(run.directory, about)
     log = MetricsLog(run.metrics, after_step=progress.step)
+    if log.missing:
+        display.message(f"note: {run.metrics} lacks {log.missing} of the {progress.step} steps before; it goes on here")
     board = TensorBoard(run.directory / "tensorboard" if recipe.logging.tensorboard else None, progress.step)
     display.message(
         f"{quantity(about['parameters'])} parameters, {quantity(dataset.metadata.splits['train'].tokens)} training "
@@ -176,9 +173,16 @@ def _run(recipe: Recipe, run: Run, parallel: Parallel, display: Display, command
                 rate = learning_rate(progress.step, settings, total)
                 set_learning_rate(optimizer, rate)
                 micro_batches = [_on(device, next(batches)) for _ in range(settings.gradient_accumulation_steps)]
-                loss, grad_norm = optimizer_step(
-                    model, optimizer, micro_batches, settings, precision, parallel, step=progress.step + 1
-                )
+                try:
+                    loss, grad_norm = optimizer_step(
+                        model, optimizer, micro_batches, settings, precision, parallel, step=progress.step + 1
+                    )
+                except NonFiniteError as error:
+                    broken = bool(broken_weight(model))
+                    if not broken:
+                        export_model(run.directory, model, tokenizer)
+                    advice = way_out(str(run.directory), recipe.model.preset, broken)
+                    raise NonFiniteError(f"{error} {advice}") from None
                 seconds = time.perf_counter() - started
                 progress.step += 1
                 progress.tokens += tokens_per_step
@@ -193,10 +197,10 @@ def _run(recipe: Recipe, run: Run, parallel: Parallel, display: Display, command
                     "tokens": progress.tokens,
                     "seconds": round(progress.seconds, 4),
                     "tokens_per_second": round(tokens_per_step / seconds, 1),
-                    "flops_per_second": round(flops_per_token * tokens_per_step / seconds),
+                    "flops_per_second": round(work / seconds),
                 }
                 if peak is not None:
-                    row["mfu"] = row["flops_per_second"] / (peak * parallel.world_size)
+                    row["mfu"] = useful / seconds / (peak * parallel.world_size)
                 log.write(row)
                 if progress.step % recipe.logging.logging_steps == 0:
                     board.write(row)
@@ -310,6 +314,7 @@ def _describe(
     inside = directory.is_relative_to(run.directory.resolve())
     return {
         "name": recipe.name,
+        "imports": recipe.imports,
         "finished": False,
         "command": command,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -33,14 +33,14 @@ class Parallel:
         """Reads the launcher's environment (torchrun sets it) and picks the device of this process.
 
         Raises:
-            ConfigError: More than one process was launched.
+            ConfigError: More than one process was launched, or the environment holds no numbers.
         """
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = _number("WORLD_SIZE", 1)
         if world_size > 1:
             # Here: init_process_group, init_device_mesh with the dimensions dp_replicate, dp_shard and sp, and a gloo
             # group of its own for checkpoints (their collectives run in a thread and must not meet training's).
             raise ConfigError(f"WORLD_SIZE={world_size}: this version trains in one process; start it with python.")
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        local_rank = _number("LOCAL_RANK", 0)
         device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
         return cls(rank=0, world_size=1, device=device)
 
@@ -64,3 +64,11 @@ class Parallel:
 
     def close(self) -> None:
         """Leaves the process group after a barrier; without one, ranks may abort each other at exit."""
+
+
+def _number(name: str, default: int) -> int:
+    """A variable of the launcher's environment."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"{name}={text!r} in the environment is not a number; unset it, or start with torchrun.")
+    return int(text)

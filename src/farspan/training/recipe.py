@@ -10,6 +10,7 @@ or of tokens, never a time: the same recipe is the same run on every machine.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -18,7 +19,7 @@ import yaml
 from tyro.constructors import PrimitiveConstructorSpec
 
 from farspan.errors import ConfigError
-from farspan.training.schema import build
+from farspan.training.schema import build, read_yaml
 
 T = TypeVar("T")
 
@@ -204,6 +205,9 @@ class Recipe:
     """Name of the run, used in the report."""
     output_dir: str | None = None
     """The run directory; it ends as a model directory. Unset: runs/NAME."""
+    imports: list[str] = field(default_factory=list)
+    """Python modules to import first, such as one that registers a mixer. They are imported again wherever the run is
+    read (eval, generate, info), so they have to be installed or in PYTHONPATH."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
@@ -249,6 +253,8 @@ class Recipe:
         for name, (value, least) in at_least.items():
             if value is not None and not value >= least:
                 raise ConfigError(f"{name}={value}: accepted are numbers from {least} upwards.")
+        if train.seed >= 2**63:
+            raise ConfigError(f"train.seed={train.seed}: accepted are numbers below 2^63.")
         if not 0 < train.learning_rate < float("inf"):
             raise ConfigError(f"train.learning_rate={train.learning_rate}: accepted are finite numbers above 0.")
         if not 0 < train.adam_epsilon < 1:
@@ -270,9 +276,40 @@ class Recipe:
                 f"model.preset={self.model.preset!r} and model.from_pretrained={self.model.from_pretrained!r}: "
                 "give one of them."
             )
-        if not self.name or not self.name.strip() or "/" in self.name:
-            raise ConfigError(f"name={self.name!r}: accepted is any text without '/'.")
+        if not self.name.strip() or "/" in self.name or self.name.startswith("."):
+            raise ConfigError(f"name={self.name!r}: accepted is any text without '/' that does not begin with '.'.")
+        if self.output_dir is not None and not self.output_dir.strip():
+            raise ConfigError(f"output_dir={self.output_dir!r}: name a directory, or leave it unset for runs/NAME.")
         return self
+
+    def total_steps(self, world_size: int = 1) -> int:
+        """Length of the run in optimiser steps.
+
+        Args:
+            world_size: Number of processes that read at the same time.
+
+        Raises:
+            ConfigError: The run is too short for its learning-rate schedule.
+        """
+        train = self.train
+        total = train.max_steps or math.ceil((train.max_tokens or 0) / self.tokens_per_step(world_size))
+        if train.warmup_steps >= total:
+            raise ConfigError(
+                f"train.warmup_steps={train.warmup_steps}: the run has {total} steps, so the learning rate would never "
+                "reach its peak; give fewer steps of warm-up or a longer run."
+            )
+        if train.warmup_steps + (train.decay_steps or 0) > total:
+            raise ConfigError(
+                f"train.decay_steps={train.decay_steps}: the run has {total} steps, {train.warmup_steps} of them "
+                "warm-up; give fewer steps of decay or a longer run."
+            )
+        return total
+
+    def tokens_per_step(self, world_size: int = 1) -> int:
+        """Tokens that all processes together read in one optimiser step."""
+        train = self.train
+        micro_batch = train.per_device_train_batch_size * self.data.sequence_length
+        return micro_batch * train.gradient_accumulation_steps * world_size
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dictionaries, every field included."""
@@ -304,7 +341,7 @@ def load_recipe(path: str | Path) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {str(path)!r} cannot be read: {error}") from None
     try:
-        values = yaml.safe_load(text)
+        values = read_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"recipe {str(path)!r} is not valid YAML: {error}") from None
     try:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from transformers.utils import logging
 
 from farspan.data._files import write_bytes
-from farspan.errors import CheckpointError, ConfigError
+from farspan.errors import CheckpointError, ConfigError, FarspanError
 from farspan.evaluation.loading import read_run
 from farspan.training.checkpoint import latest_checkpoint
 from farspan.training.recipe import Recipe, load_recipe
@@ -28,7 +28,7 @@ from farspan.training.recipe import Recipe, load_recipe
 Resume = Literal["auto", "never", "must"]
 
 # What may differ between the recipe of a run and the one that resumes it: where things are, and what is only watched.
-_FREE = ("name", "output_dir", "data.directory", "evaluation", "checkpoint", "logging")
+_FREE = ("name", "output_dir", "imports", "data.directory", "evaluation", "checkpoint", "logging")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def open_run(recipe: Recipe, resume: Resume = "auto") -> Iterator[Run]:
 
     With "auto", an empty or absent directory starts a run; a directory of the same recipe resumes from its newest
     complete checkpoint, or starts again if it has none; a finished run stays as it is. "must" refuses to start, "never"
-    moves an earlier run aside and starts. The same recipe means: equal in model, data and train.
+    moves an earlier run aside and starts; should an error end the context before the first step, such as a corpus that
+    does not exist, the earlier run is moved back. The same recipe means: equal in model, data and train.
 
     Args:
         recipe: A validated recipe.
@@ -78,7 +79,7 @@ def open_run(recipe: Recipe, resume: Resume = "auto") -> Iterator[Run]:
         CheckpointError: Another process is at work in it, or there is nothing to resume although it must.
     """
     directory = recipe.run_dir
-    note = ""
+    note, aside = "", None
     if resume == "never" and (directory / "recipe.yaml").exists():
         with _alone(directory):
             aside = next(p for i in itertools.count(1) if not (p := Path(f"{directory}.{i}")).exists())
@@ -98,7 +99,14 @@ def open_run(recipe: Recipe, resume: Resume = "auto") -> Iterator[Run]:
         else:
             note += f"starting in {directory}"
             write_text(directory / "recipe.yaml", recipe.to_yaml())
-        yield Run(directory, checkpoint, finished, note)
+        run = Run(directory, checkpoint, finished, note)
+        try:
+            yield run
+        except FarspanError:
+            if aside and not run.metrics.exists():
+                shutil.rmtree(directory)
+                aside.rename(directory)
+            raise
 
 
 def _inspect(directory: Path, recipe: Recipe, resume: Resume) -> tuple[Path | None, bool]:

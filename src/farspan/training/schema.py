@@ -1,13 +1,39 @@
-"""Dataclasses from plain data: unknown keys and wrong types are refused with their place, such as `train.seed`."""
+"""Dataclasses from YAML: unknown keys, keys given twice and wrong types are refused with their place."""
 
 import types
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from farspan.errors import ConfigError, nearest
 
 T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key may be given once; of two, YAML itself silently takes the second."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        given: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in given:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"{key.value} is given twice; keep one of the two", problem_mark=key.start_mark
+                    )
+                given.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """The plain data of a YAML text.
+
+    Raises:
+        yaml.YAMLError: It is not YAML, or gives a key twice; the message says where.
+    """
+    return yaml.load(text, _Loader)
 
 
 def build(cls: type[T], values: Any, place: str = "") -> T:
