@@ -58,7 +58,10 @@ MISTAKES = {
         "did you mean 'python-stdlib'",
     ),
     "prepare with a bad tokenizer": (["prepare", "--tokenizer", "bpe", "--out", "OUT"], "use 'byte', 'bpe:N'"),
-    "prepare with a huge tokenizer": (["prepare", "--tokenizer", f"bpe:{10**20}", "--out", "OUT"], "at most 2147483648"),
+    "prepare with a huge tokenizer": (
+        ["prepare", "--tokenizer", f"bpe:{10**20}", "--out", "OUT"],
+        "at most 2147483648",
+    ),
     "prepare with an empty tokenizer": (["prepare", "--tokenizer", "EMPTY", "--out", "OUT"], "holds no tokenizer"),
     "prepare with bad fractions": (["prepare", "--valid-fraction", "2", "--out", "OUT"], "split fractions"),
     "prepare without workers": (["prepare", "--workers", "0", "--out", "OUT"], "workers=0"),

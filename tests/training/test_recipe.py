@@ -2,12 +2,14 @@
 
 import dataclasses
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+import farspan
 from farspan.cli.train import find_recipe, run, shipped_recipes
 from farspan.errors import ConfigError
 from farspan.training.recipe import ModelRecipe, Recipe, load_recipe
@@ -40,6 +42,8 @@ def write(folder: Path, text: str) -> Path:
         ("name: 7", "name=7: expected a text, got int."),
         ("- a list", "the file: expected fields and values, got ['a list']."),
         ("train: {", "is not valid YAML"),
+        ("name: a\nname: b", "name is given twice; keep one of the two"),
+        ("train:\n  seed: 1\n  max_steps: 2\n  seed: 3", "line 4, column 3"),
     ],
 )
 def test_a_mistake_in_a_file_is_named_with_its_place(tmp_path: Path, text: str, message: str) -> None:
@@ -62,6 +66,10 @@ def test_a_mistake_in_a_file_is_named_with_its_place(tmp_path: Path, text: str, 
         ("train: {max_steps: 1}\ndata: {corpus: null}", "name a corpus, or the prepared dataset in data.directory"),
         ("train: {max_steps: 1}\nmodel: {preset: a, from_pretrained: b}", "give one of them"),
         ("train: {max_steps: 1}\nname: a/b", "name='a/b'"),
+        ("train: {max_steps: 1}\nname: ..", "name='..': accepted is any text without '/' that does not begin with"),
+        ("train: {max_steps: 1}\nname: .hidden", "name='.hidden'"),
+        ("train: {max_steps: 1}\noutput_dir: ''", "output_dir=''"),
+        (f"train: {{max_steps: 1, seed: {2**70}}}", f"train.seed={2**70}: accepted are numbers below 2^63."),
     ],
 )
 def test_values_that_do_not_fit_together_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -91,6 +99,19 @@ def test_every_field_of_the_model_is_one_of_its_configuration() -> None:
     known = set(FarspanConfig(vocab_size=8, hidden_size=8, num_attention_heads=1).to_dict())
     fields = {field.name for field in dataclasses.fields(ModelRecipe)} - {"preset", "from_pretrained"}
     assert fields <= known
+
+
+def test_shipped_recipes_are_found_from_anywhere_and_are_part_of_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    package = Path(farspan.__file__).parent
+    assert {find_recipe(name).parent for name in ("demo", "hybrid", "bytes")} == {package / "recipes"}
+    project = tomllib.loads((package.parents[1] / "pyproject.toml").read_text())
+    shipped = {
+        path for pattern in project["tool"]["setuptools"]["package-data"]["farspan"] for path in package.glob(pattern)
+    }
+    assert set(shipped_recipes().values()) <= shipped
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))

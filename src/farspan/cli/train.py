@@ -7,6 +7,7 @@ from typing import Literal
 
 import tyro
 
+import farspan
 from farspan.errors import ConfigError, nearest
 from farspan.training.recipe import Recipe, load_recipe
 
@@ -75,6 +76,6 @@ def find_recipe(name: str) -> Path:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Recipes that come with Farspan, by name: those in recipes/ of the checkout, and of the current directory."""
-    folders = [Path(__file__).resolve().parents[3] / "recipes", Path("recipes")]
+    """Recipes that come with Farspan, by name, and over them those in recipes/ of the current directory."""
+    folders = [Path(farspan.__file__).parent / "recipes", Path("recipes")]
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
