@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from tests.golden import coca_cases, cottention_cases, experts_cases, metala_cases, ssd_cases
+from tests.golden import (
+    coca_cases,
+    cottention_cases,
+    dmattn_cases,
+    experts_cases,
+    longnet_cases,
+    metala_cases,
+    ssd_cases,
+)
 from tests.golden.case import Case
 
 RUNNERS: dict[str, Callable[[Case], None]] = {
@@ -22,7 +30,16 @@ RUNNERS: dict[str, Callable[[Case], None]] = {
     "cottention.bert.attention": cottention_cases.bert_attention,
     "cottention.gpt.attention": cottention_cases.gpt_attention,
     "cottention.op": cottention_cases.causal_op,
+    "dmattn.fsa.attention": dmattn_cases.fsa_attention,
+    "dmattn.fsa.kernel": dmattn_cases.fsa_kernel,
+    "dmattn.hf.attention": dmattn_cases.top_per_row,
+    "dmattn.sd1.attention": dmattn_cases.top_per_row,
+    "dmattn.seed_doge.attention": dmattn_cases.seed_doge,
+    "dmattn.seed_module.attention": dmattn_cases.seed_module,
     "gated_linear_attention.op": metala_cases.gated_linear_attention_op,
+    "dilated.attention": longnet_cases.attention,
+    "dilated.op": longnet_cases.operator,
+    "longnet.xpos_and_relative_bias": longnet_cases.xpos_and_relative_bias,
     "metala.hf.mixer": metala_cases.hf_mixer,
     "metala.hf.decode": metala_cases.hf_decode,
     "metala.neox.layer": metala_cases.neox_layer,
@@ -48,21 +65,12 @@ PENDING = frozenset(
         "cottention.bert.sequence_classification",
         "cottention.gpt.decode",
         "cottention.gpt.lm",
-        "dilated.attention",
-        "dilated.op",
-        "dmattn.fsa.attention",
-        "dmattn.fsa.kernel",
-        "dmattn.hf.attention",
-        "dmattn.sd1.attention",
-        "dmattn.seed_doge.attention",
-        "dmattn.seed_module.attention",
         "doge.hf.lm",
         "doge.sd1.lm",
         "doge.seed.lm",
         "longnet.decoder.lm",
         "longnet.encoder",
         "longnet.kyegomez.regression",
-        "longnet.xpos_and_relative_bias",
         "longvit.classifier",
         "metala.hf.lm",
         "task.sample",

@@ -20,6 +20,26 @@ MIXES = {
         "mixers": ["cosine"],
         "mixer_options": {"cosine": {"rope_interleaved": True, "partial_rotary_factor": 0.5, "attention_bias": True}},
     },
+    "dilated": {
+        "mixers": ["dilated"],
+        "mixer_options": {"dilated": {"segment_lengths": [3, 8, 16], "dilations": [1, 2, 3]}},
+    },
+    "dilated_xpos": {
+        "mixers": ["dilated"],
+        "mixer_options": {
+            "dilated": {
+                "segment_lengths": [5, 8],
+                "dilations": [2, 3],
+                "head_offset": "block",
+                "positions": "xpos+relative_bias",
+                "xpos_scale_base": 16.0,
+                "qk_norm": "rms_norm",
+                "multi_query": True,
+                "attention_bias": True,
+                "sub_norm": True,
+            }
+        },
+    },
     "metala": {"mixers": ["metala"]},
     "softmax": {"mixers": ["softmax"]},
     "hybrid": {"mixers": ["metala", "metala", "softmax"]},

@@ -104,6 +104,7 @@ MIXERS: Registry[Mixer] = Registry(
         "collinear": "farspan.mixers.collinear:CollinearMixer:CollinearOptions",
         "cosine": "farspan.mixers.cosine:CosineMixer:CosineOptions",
         "dilated": "farspan.mixers.dilated:DilatedMixer:DilatedOptions",
+        "dynamic_mask": "farspan.mixers.dynamic_mask:DynamicMaskMixer:DynamicMaskOptions",
         "metala": "farspan.mixers.metala:MetaLAMixer:MetaLAOptions",
         "softmax": "farspan.mixers.softmax:SoftmaxMixer:SoftmaxOptions",
         "ssd": "farspan.mixers.ssd:SSDMixer:SSDOptions",

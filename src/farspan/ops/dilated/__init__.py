@@ -1,0 +1,1 @@
+"""Dilated attention: one softmax over the keys that several (segment, dilation) patterns select."""

@@ -1,0 +1,130 @@
+"""Runners of the dilated attention kinds. The published code fills with zero keys and detaches the mixture."""
+
+import torch
+from torch import Tensor
+
+from farspan.mixers import SequenceLayout
+from farspan.mixers.dilated import DilatedMixer, DilatedOptions
+from farspan.models.configuration import FarspanConfig
+from farspan.models.convert.longnet import attention_entries, relative_bias_entries
+from farspan.models.convert.names import to_ours, to_published
+from farspan.nn.positions import apply_xpos, relative_position_bias, relative_position_bucket, xpos_scales
+from farspan.ops import dilated_attention
+from farspan.ops.dilated.patterns import DilatedSettings
+from farspan.ops.dilated.reference import pattern_outputs, with_zero_keys
+from tests.golden.case import Case
+
+RELEASED = {"head_offset": "block", "pad_mode": "zero_keys", "detach_mixture_weights": True}
+
+
+def operator(case: Case) -> None:
+    config = case.config
+    lengths, dilations = config["segment_length"], config["dilated_ratio"]
+    for backend in ("reference", "torch"):
+        leaves = {name: case.inputs[name].clone().requires_grad_() for name in ("q", "k", "v")}
+        out = dilated_attention(
+            **leaves,
+            segment_lengths=lengths,
+            dilations=dilations,
+            causal=config["is_causal"],
+            scale=config["scale"],
+            backend=backend,
+            **RELEASED,
+        )
+        case.close(f"o ({backend})", out, case.outputs["o"])
+        loss = (out * case.inputs["loss_weight"]).sum()
+        case.close(f"loss ({backend})", loss.reshape(1), case.outputs["loss"])
+        loss.backward()
+        case.close_gradients({name: x.grad for name, x in leaves.items() if x.grad is not None}, case.grads)
+    with torch.no_grad():
+        # The fused form, which needs no gradient here.
+        fused = dilated_attention(
+            *leaves.values(),
+            segment_lengths=lengths,
+            dilations=dilations,
+            causal=config["is_causal"],
+            scale=config["scale"],
+            **RELEASED,
+        )
+        case.close("o (fused)", fused, case.outputs["o"])
+        settings = DilatedSettings(
+            tuple(zip(lengths, dilations, strict=True)),
+            "block",
+            causal=config["is_causal"],
+            scale=config["scale"],
+            zero_keys=True,
+        )
+        outs, lses = with_zero_keys(pattern_outputs, *leaves.values(), settings, [(0, out.shape[1])])
+    for index, (part, lse) in enumerate(zip(outs, lses, strict=True)):
+        case.close(f"pattern {index}", part, case.outputs[f"branch{index}_o"])
+        lse = lse.masked_fill(lse.isneginf(), config["uncovered_lse"])
+        case.close(f"log-sum-exp {index}", lse, case.outputs[f"branch{index}_lse"])
+
+
+def attention(case: Case) -> None:
+    config = case.config
+    width, heads, xpos = config["embed_dim"], config["num_heads"], config["xpos_rel_pos"]
+    options = DilatedOptions(
+        segment_lengths=config["segment_length"],
+        dilations=config["dilated_ratio"],
+        positions="xpos" if xpos else "none",
+        xpos_scale_base=config["xpos_scale_base"],
+        attention_bias=True,
+        sub_norm=config["subln"],
+        norm_eps=config["layernorm_eps"],
+        **RELEASED,
+    )
+    shape = FarspanConfig(
+        vocab_size=1, hidden_size=width, num_attention_heads=heads, mixers=["dilated"], causal=config["is_causal"]
+    )
+    mixer = DilatedMixer(shape, options, layer_idx=0)
+    entries = attention_entries(width // heads, xpos, config["subln"])
+    mixer.load_state_dict(to_ours(case.params, entries))
+    written = to_published(mixer.state_dict(), entries)
+    assert written.keys() == case.params.keys()
+    for name, x in written.items():
+        case.close(name, x, case.params[name])
+
+    x = case.inputs["x"].clone().requires_grad_()
+    layout = SequenceLayout(torch.arange(x.shape[1]).expand(x.shape[0], -1))
+    out = mixer(x, layout=layout)
+    case.close("o", out, case.outputs["o"])
+    loss = (out * case.inputs["loss_weight"]).sum()
+    case.close("loss", loss.reshape(1), case.outputs["loss"])
+    loss.backward()
+    theirs = dict(case.grads)
+    of_input = {name: theirs.pop(name) for name in list(theirs) if name.startswith("input.")}
+    ours = {name: p.grad for name, p in mixer.named_parameters() if p.grad is not None} | {"input.x": x.grad}
+    case.close_gradients(ours, to_ours(theirs, entries, partial=True) | of_input)
+
+
+def xpos_and_relative_bias(case: Case) -> None:
+    """The source centres xPos at half of the length; a last token with an offset stands behind that many others."""
+    config = case.config
+    q, scale_base, offset = case.inputs["q"].unsqueeze(2), config["scale_base"], config["offset"]
+    length = q.shape[1]
+
+    def turned(x: Tensor, positions: Tensor, whole: int, key: bool = False) -> Tensor:
+        return apply_xpos(x, positions[None], scale_base, key=key, centre=-(-whole // 2)).squeeze(2)
+
+    places = torch.arange(length)
+    case.close("scales", xpos_scales(config["head_dim"]).float(), case.outputs["scale_buffer"])
+    case.close("queries", turned(q, places, length), case.outputs["xpos_q"])
+    case.close("keys", turned(q, places, length, key=True), case.outputs["xpos_k"])
+    last = turned(q[:, -1:], torch.tensor([offset]), offset + 1)
+    case.close("last token", last, case.outputs["xpos_last_offset"])
+
+    for name, bidirectional in (("bi", True), ("uni", False)):
+        bucket = case.outputs[f"bucket_{name}"]
+        reach = (len(bucket) + 1) // 2
+        relative = torch.arange(1 - reach, reach)
+        ours = relative_position_bucket(relative, config["num_buckets"], config["max_distance"], bidirectional)
+        assert torch.equal(ours, bucket)
+        prefix = f"rel_{name}."
+        published = {key.removeprefix(prefix): x for key, x in case.params.items() if key.startswith(prefix)}
+        weight = to_ours(published, relative_bias_entries())["relative_bias"]
+        bias = case.outputs[f"bias_{name}"]
+        table = relative_position_bias(weight, bias.shape[-1], config["max_distance"], bidirectional)
+        distance = torch.arange(bias.shape[-1]) - torch.arange(bias.shape[-2]).unsqueeze(1)
+        dense = table[:, bias.shape[-1] - 1 + distance].repeat(len(bias) // config["n_heads"], 1, 1)
+        case.close(f"bias {name}", dense, bias)
