@@ -51,6 +51,7 @@ format: .venv/.dev  ## Applies the formatter and the safe fixes
 
 bench: .venv/.dev  ## Measures the operators on this machine's CPU, writes docs/results/
 	$(BIN)/python benchmarks/ops_cpu.py
+	$(BIN)/python benchmarks/attention_cpu.py
 
 clean:  ## Removes the environment and all caches, keeps runs/
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info src/*.egg-info

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ops_cpu import processor, run
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -34,6 +33,7 @@ from farspan.ops import (
     softmax_attention,
     state_space_duality,
 )
+from ops_cpu import processor, run
 
 HEADS, WIDTH = 4, 64
 
