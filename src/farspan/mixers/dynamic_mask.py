@@ -1,0 +1,248 @@
+"""Dynamic mask attention (Doge): a learned bias per key, formed from its value, and a selection of keys by it."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from farspan.errors import ConfigError, nearest
+from farspan.mixers.base import CacheKind, Mixer, MixerShape, linear_flops, mean_keys_seen
+from farspan.mixers.cache import LayerCache
+from farspan.mixers.layout import SequenceLayout
+from farspan.mixers.live_cache import BiasedKeyCache, LiveKeyCache, UnreturningCache
+from farspan.nn.norms import RMSNorm
+from farspan.nn.positions import apply_rotary
+from farspan.ops._contract import compute_dtype, without_autocast
+from farspan.ops.dynamic_mask.api import SELECTIONS, dynamic_mask_attention
+
+# exp of more would leave float32; a key of this bias takes all weight anyway.
+LARGEST_EXPONENT = 80.0
+
+
+@dataclass
+class DynamicMaskOptions:
+    """Options of the `dynamic_mask` mixer; the defaults are those of Doge in transformers.
+
+    Attributes:
+        bias_form: `exp`, b = exp(A·softplus(z)); `linear`, b = A·softplus(z), the authors' newest form; `none`, no bias
+            and no selection (`is_causal` of the first released model).
+        bias_heads: `kv`, one bias per key-value head; `query`, one per query head (the older checkpoints).
+        qk_norm: whether queries and keys pass an RMSNorm over the head's channels before the rotation.
+        select: `topk_causal`, each query keeps its `keep_window_size` best visible keys; `topk_global`, the best of the
+            whole sequence, whatever the query; `relu`, the keys with a positive bias; `none`, all keys.
+        keep_window_size: w of the two top-k selections.
+        smoothing_block: keys per block that are kept or dropped together; None is no smoothing.
+        sliding_window: number of keys a query sees before the selection, itself included; None is all.
+        attention_bias: whether the five projections have biases.
+        rope: whether queries and keys are rotated by position.
+        bias_init: A at initialisation: 0, plain attention at first (Doge), or 1 (the seed's module, Cheems).
+        norm_eps: epsilon of the norms of queries and keys.
+    """
+
+    bias_form: str = "exp"
+    bias_heads: str = "kv"
+    qk_norm: bool = True
+    select: str = "topk_causal"
+    keep_window_size: int = 2048
+    smoothing_block: int | None = None
+    sliding_window: int | None = None
+    attention_bias: bool = False
+    rope: bool = True
+    bias_init: float = 0.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name, accepted in (
+            ("bias_form", ("exp", "linear", "none")),
+            ("bias_heads", ("kv", "query")),
+            ("select", SELECTIONS),
+        ):
+            if getattr(self, name) not in accepted:
+                raise ConfigError(f"Unknown {name} {getattr(self, name)!r}: {nearest(getattr(self, name), accepted)}")
+        for name in ("keep_window_size", "smoothing_block", "sliding_window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1.")
+        if self.norm_eps <= 0:
+            raise ConfigError(f"norm_eps={self.norm_eps} must be positive.")
+        if self.smoothing_block is not None and self.selection == "none":
+            raise ConfigError(
+                f"smoothing_block={self.smoothing_block} smooths a selection, but select={self.select!r} with "
+                f"bias_form={self.bias_form!r} makes none; set smoothing_block to null."
+            )
+
+    @property
+    def selection(self) -> str:
+        """What is selected by: `select`, or `none` without a bias."""
+        return "none" if self.bias_form == "none" else self.select
+
+    @property
+    def looks_ahead(self) -> str | None:
+        """The option that lets later tokens change earlier outputs; None if there is none."""
+        if self.selection == "topk_global":
+            return "select='topk_global'"
+        return None if self.smoothing_block is None else f"smoothing_block={self.smoothing_block}"
+
+    @property
+    def evicts(self) -> bool:
+        """Whether a key that one query does not select is never selected again."""
+        return self.selection == "topk_causal" and self.sliding_window is None and self.smoothing_block is None
+
+
+class DynamicMaskMixer(Mixer):
+    """Softmax attention with a bias per key that is formed from the values, and a selection of keys by it:
+
+        q = R(norm(x W_q)),  k = R(norm(x W_k)),  v = x W_v
+        z_j = v_j W_z, v_j over all key-value heads;  b_j = exp(A · softplus(z_j)) or A · softplus(z_j)
+        o_i = Σ_j softmax_j(q_i·k_j K^−½ + b_j) v_j over the selected keys j ≤ i;  y = o W_o
+
+    Cost: O(T·w) time with `topk_causal`; its cache holds w live keys per bias head, whatever the length.
+    Source: Shi et al., arXiv 2412.11834 and 2508.02124; transformers: models/doge; LoserCheems/WonderfulMatrices.
+    """
+
+    bidirectional: ClassVar[bool] = True
+    shards: ClassVar[Literal["state", "keys"] | None] = "keys"
+    no_weight_decay = ("bias_scale",)
+
+    def __init__(self, config: MixerShape, options: DynamicMaskOptions, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.options = options
+        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.causal = config.causal
+        self.rope_parameters = config.rope_parameters
+        self.max_position_embeddings = config.max_position_embeddings
+        if options.rope and self.head_dim % 2:
+            raise ConfigError(
+                f"dynamic_mask: RoPE rotates pairs of channels, but head_dim={self.head_dim} is odd; choose an even "
+                "number or set mixer_options.dynamic_mask.rope to false."
+            )
+        self.bias_heads = self.key_heads if options.bias_heads == "kv" else self.heads
+        width, bias = config.hidden_size, options.attention_bias
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.key_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.key_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=bias)
+        self.q_norm = RMSNorm(self.head_dim, options.norm_eps) if options.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, options.norm_eps) if options.qk_norm else None
+        biased = options.bias_form != "none"
+        self.bias_proj = nn.Linear(self.key_heads * self.head_dim, self.bias_heads, bias=bias) if biased else None
+        self.bias_scale = nn.Parameter(torch.empty(self.bias_heads)) if biased else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.bias_scale is not None:
+            nn.init.constant_(self.bias_scale, self.options.bias_init)
+
+    @staticmethod
+    def cache_kind(options: Any) -> CacheKind:
+        bounded = options.evicts or options.looks_ahead or options.sliding_window is not None
+        return "window" if bounded else "kv"
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        layout: SequenceLayout,
+        cache: LayerCache | None = None,
+        sequence_parallel: Any = None,
+    ) -> Tensor:
+        q, k, v = self.project(x, layout)
+        bias = self.key_bias(v)
+        if isinstance(cache, LiveKeyCache):
+            out = self._attend_live(q, k, v, bias, layout, cache)
+        elif isinstance(cache, BiasedKeyCache) and cache.length:
+            keys, values, bias, key_mask = cache.append_biased(k, v, bias, layout.padding_mask)
+            out = self._attend(q, keys, values, bias, key_mask=key_mask)
+        else:
+            if isinstance(cache, BiasedKeyCache):
+                cache.append_biased(k, v, bias, layout.padding_mask)
+            elif isinstance(cache, UnreturningCache):
+                cache.begin()
+            out = self._attend_packed(q, k, v, bias, layout)
+        return self.o_proj(out.flatten(2))
+
+    def project(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[B, T, H, K]`, keys and values `[B, T, G, K]` as the attention reads them."""
+        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.options.rope:
+            cos, sin = layout.rotary(self.head_dim, self.rope_parameters, self.max_position_embeddings)
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        return q, k, v
+
+    def key_bias(self, v: Tensor) -> Tensor:
+        """The bias of every key, `[B, T, M]` float32 or float64, from the values of all key-value heads."""
+        if self.bias_proj is None or self.bias_scale is None:
+            return v.new_zeros((*v.shape[:2], self.bias_heads), dtype=compute_dtype(v))
+        logits = self.bias_proj(v.flatten(2))
+        with without_autocast(v):
+            dtype = compute_dtype(v)
+            bias = self.bias_scale.to(dtype) * softplus(logits.to(dtype))
+            return bias.clamp(max=LARGEST_EXPONENT).exp() if self.options.bias_form == "exp" else bias
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, **visibility: Any) -> Tensor:
+        options = self.options
+        settings = {
+            "select": options.selection,
+            "keep": options.keep_window_size,
+            "block_size": options.smoothing_block,
+            "causal": self.causal,
+            "window": options.sliding_window,
+        }
+        return dynamic_mask_attention(q, k, v, bias, **{**settings, **visibility})
+
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, layout: SequenceLayout) -> Tensor:
+        """Without a past, padding and packing are one case: real tokens side by side."""
+        packed = (layout.pack(part) for part in (q, k, v, bias))
+        return layout.unpack(self._attend(*packed, cu_seqlens=layout.sequences()))
+
+    def _attend_live(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, layout: SequenceLayout, cache: LiveKeyCache
+    ) -> Tensor:
+        hidden = bias
+        if layout.padding_mask is not None:
+            hidden = bias.masked_fill(~layout.padding_mask.unsqueeze(-1), float("-inf"))
+        fresh = cache.length == 0
+        keys, values, live = cache.append(k, v, hidden)
+        if fresh:
+            return self._attend_packed(q, k, v, bias, layout)
+        # A single query finds the selection made; several select among the live keys and themselves.
+        return self._attend(q, keys, values, live, select="none" if q.shape[1] == 1 else self.options.selection)
+
+    def new_cache(self) -> LayerCache:
+        options = self.options
+        if options.looks_ahead:
+            return UnreturningCache(options.looks_ahead)
+        if options.evicts:
+            return LiveKeyCache(options.keep_window_size, self.bias_heads // self.key_heads)
+        return BiasedKeyCache(options.sliding_window, ranked=options.selection == "topk_causal")
+
+    def flops_per_token(self, length: int) -> float:
+        options = self.options
+        window = options.sliding_window
+        if options.selection == "topk_causal":
+            window = min(window or length, options.keep_window_size)
+        seen = mean_keys_seen(length, window, self.causal)
+        projections = [self.q_proj, self.k_proj, self.v_proj, self.o_proj]
+        if self.bias_proj is not None:
+            projections.append(self.bias_proj)
+        return linear_flops(*projections) + 4.0 * self.heads * self.head_dim * seen
+
+    def state_bytes(self, length: int, dtype: torch.dtype) -> int:
+        options = self.options
+        if options.looks_ahead:
+            return 0
+        # float32 biases, and with evictions an int32 age per key.
+        bias, key = 4 * self.bias_heads, 2 * self.key_heads * self.head_dim * dtype.itemsize
+        if options.evicts:
+            sharing = self.bias_heads // self.key_heads
+            return min(length, options.keep_window_size * sharing) * (key + bias + 4 * self.key_heads)
+        kept = length if options.sliding_window is None else min(length, options.sliding_window - 1)
+        return kept * (key + bias)
