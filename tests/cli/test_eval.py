@@ -79,6 +79,23 @@ def test_other_text_is_tokenised_for_the_model(workspace: Path, capsys: pytest.C
     assert main(["eval", str(run), "--data", str(run / "data"), *quick]) == 0  # a prepared dataset is used as it is
 
 
+@pytest.mark.parametrize("fraction", [0.01, 0.99])  # whichever split the one file would fall into
+def test_a_single_text_is_evaluated_as_a_whole(
+    fraction: float, workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from farspan.data import corpora
+
+    monkeypatch.setattr(corpora, "name_hash", lambda name, salt="": 1 - fraction)
+    text = "nothing but prose\n" * 40
+    (workspace / "one.txt").write_text(text)
+    run = workspace / "run"
+    assert main(["eval", str(run), "--data", str(workspace / "one.txt"), "--protocols", "sliding"]) == 0
+    assert "all of them are evaluated, without baselines" in capsys.readouterr().err
+    found = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    assert (found["data"]["split"], found["data"]["bytes"], found["bits"]["bytes"]) == ("train", len(text), len(text))
+    assert found["baselines"] == []
+
+
 def test_numbers_that_are_not_finite_are_written_as_text(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

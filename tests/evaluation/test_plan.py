@@ -57,7 +57,7 @@ def test_budget_decides_how_many_texts_and_then_how_long() -> None:
     assert half.tokens <= whole.tokens // 2
     assert not np.array_equal(half.texts[1], whole.texts[1])  # spread, not the first ones
     assert plan(part, trained=64, max_tokens=5000).lengths[-1] < 512
-    assert len(plan(part, lengths=[512], max_tokens=1).texts) == 1
+    assert len(plan(part, lengths=[256, 512], max_tokens=512).texts) == 1
 
 
 def test_tokens_are_what_the_protocols_read() -> None:
@@ -72,6 +72,10 @@ def test_refusals() -> None:
         plan(part, lengths=[81])
     with pytest.raises(ConfigError, match="did you mean 'sliding'"):
         plan(part, protocols=["slidin"])
+    with pytest.raises(ConfigError, match="none is named; Accepted: carried, position, sliding, suffix"):
+        plan(part, protocols=[])
+    with pytest.raises(ConfigError, match="max_tokens=15 is not enough for one text of 16 tokens"):
+        plan(part, max_tokens=15)
     for name, value in (("stride", 0), ("max_tokens", 0), ("lengths", [0])):
         with pytest.raises(ConfigError, match=f"{name}=0"):
             plan(part, **{name: value})

@@ -79,18 +79,19 @@ def run(argv: list[str]) -> int:
 
     from farspan.evaluation.evaluate import evaluate
 
-    dataset = find_dataset(options.directory, options.data)
+    dataset, split = find_dataset(options.directory, options.data, options.split)
+    learnable = split == options.split  # the baselines learn from a train split, which must not be what is measured
     with stages() as stage:
         evaluation = evaluate(
             options.directory,
             dataset,
-            split=options.split,
+            split=split,
             lengths=options.lengths,
             stride=options.stride,
             protocols=options.protocols,
             max_tokens=options.max_tokens,
             max_windows=options.max_windows,
-            with_baselines=options.baselines,
+            with_baselines=options.baselines and learnable,
             batch_tokens=options.batch_tokens,
             device=choose_device(options.device),
             dtype=torch.bfloat16 if options.dtype == "bfloat16" else None,
@@ -105,16 +106,22 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def find_dataset(directory: Path, data: str | None) -> "PreparedDataset":
+def find_dataset(directory: Path, data: str | None, split: str) -> "tuple[PreparedDataset, str]":
     """The dataset to evaluate on: a prepared one, a corpus tokenised for this model, or that of the run.
 
     Args:
         directory: the model directory.
         data: path of a prepared dataset, name or path of a corpus, or None for the dataset of the run.
+        split: the split that was asked for.
+
+    Returns:
+        The dataset, and the split to read: of a corpus that is too small to have a valid split, such as a single
+        file, all documents make up the train split.
 
     Raises:
         DataError: when there is none.
     """
+    from farspan.data.corpora import Fractions, open_corpus
     from farspan.data.dataset import METADATA, open_dataset
     from farspan.data.prepare import prepare
     from farspan.evaluation.loading import load_tokenizer, read_run
@@ -125,11 +132,19 @@ def find_dataset(directory: Path, data: str | None) -> "PreparedDataset":
             raise DataError(f"{directory} does not say what it was trained on; name the text with --data.")
         if not (directory / known).is_dir():
             raise DataError(f"the dataset of {directory} is gone ({directory / known}); name another with --data.")
-        return open_dataset(directory / known)
+        return open_dataset(directory / known), split
     if (Path(data) / METADATA).is_file():
-        return open_dataset(data)
+        return open_dataset(data), split
     load_tokenizer(directory)  # says clearly when there is none
-    return prepare(data, directory, directory / "evaluation" / "data", overwrite=True)
+    corpus = open_corpus(data)
+    if split == "valid" and not all(any(text.text for text in corpus.documents(part)) for part in ("train", "valid")):
+        _output.message(
+            f"{data} has too few documents for a valid split; all of them are evaluated, without baselines, which "
+            "would have nothing else to learn from",
+            label="note",
+        )
+        corpus, split = open_corpus(data, fractions=Fractions(0, 0)), "train"
+    return prepare(corpus, directory, directory / "evaluation" / "data", overwrite=True), split
 
 
 @contextlib.contextmanager

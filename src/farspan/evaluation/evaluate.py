@@ -12,7 +12,7 @@ import torch
 
 from farspan.data import _files
 from farspan.data.tokenizers import tokenizer_hash
-from farspan.errors import DataError
+from farspan.errors import ConfigError, DataError
 from farspan.evaluation import context_length as protocols_
 from farspan.evaluation.baselines import Baseline, baselines
 from farspan.evaluation.context_length import PROTOCOLS, Cell
@@ -159,6 +159,8 @@ def evaluate(
     """
     started = time.perf_counter()
     stage = stage or (lambda name, tokens: lambda read: None)
+    if batch_tokens < 1:
+        raise ConfigError(f"batch_tokens={batch_tokens} is not accepted; it has to be at least 1.")
     model = load_model(directory, device=device)
     if tokenizer_hash(load_tokenizer(directory)) != dataset.metadata.tokenizer_hash:
         raise DataError(
@@ -232,8 +234,11 @@ def measure(score: Scorer, plan: Plan) -> ContextLengths:
 
 
 def _possible(protocols: Sequence[str], model: "FarspanForCausalLM") -> list[str]:
-    bounded = protocols_.memory_is_bounded(model.config)
-    return [protocol for protocol in protocols if protocol != "carried" or bounded]
+    if protocols_.memory_is_bounded(model.config):
+        return list(protocols)
+    if list(protocols) == ["carried"]:
+        raise ConfigError("protocol 'carried' is for models whose memory does not grow with the text; name others.")
+    return [protocol for protocol in protocols if protocol != "carried"]
 
 
 def _about_model(directory: str | Path, model: "FarspanForCausalLM", trained: int) -> dict[str, Any]:

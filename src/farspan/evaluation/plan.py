@@ -60,8 +60,8 @@ def make_plan(
     """Chooses lengths and texts.
 
     Texts are documents of at least the greatest length, cut to it, when there are four of them; otherwise all documents
-    of the split end to end, cut into texts of that length. Lengths that were asked for are measured whatever they cost;
-    the default ones are those of trained · (¼ … 8) for which there are four texts within the budget.
+    of the split end to end, cut into texts of that length. Lengths that were asked for are measured, if need be on a
+    single text; the default ones are those of trained · (¼ … 8) for which there are four texts within the budget.
 
     Args:
         split: a split of a prepared dataset.
@@ -70,7 +70,8 @@ def make_plan(
         lengths: context lengths; empty for the default.
         stride: step of the sliding window; None is 512, or the trained length where that is shorter.
         protocols: what to measure.
-        max_tokens: tokens the model may read; decides how many texts are read, at least one.
+        max_tokens: tokens the model may read; decides how many texts are read, at least one. It has to hold the
+            greatest length; the windows over that one text may overlap beyond it.
 
     Raises:
         ConfigError: for a length, stride, budget or protocol that makes no sense.
@@ -79,6 +80,8 @@ def make_plan(
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise ConfigError(f"protocol {protocol!r} is not known; {nearest(protocol, PROTOCOLS)}")
+    if not protocols:
+        raise ConfigError(f"protocols: none is named; {nearest('', PROTOCOLS)}")
     for name, value in (("stride", stride), ("max_tokens", max_tokens), *(("lengths", length) for length in lengths)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value} is not accepted; it has to be at least 1.")
@@ -99,6 +102,11 @@ def make_plan(
             chosen = chosen[:-1]
         if chosen[-1] > total:
             chosen = (total,)
+    if chosen[-1] > max_tokens:
+        raise ConfigError(
+            f"max_tokens={max_tokens} is not enough for one text of {chosen[-1]} tokens; give that many or more, or "
+            "shorter lengths."
+        )
     affordable = max(1, max_tokens // max(1, _cost(chosen, stride, protocols)))
     kind, texts = _texts(split, chosen[-1], affordable, end_of_document)
     suffix = max(1, min(128, chosen[0] // 2))
