@@ -62,6 +62,8 @@ def test_samples_are_saved_with_what_made_them(
     captured = capsys.readouterr()
     assert captured.out == first["text"] + "\n" + second["text"] + "\n"
     assert "complete lines read as Python" in captured.err
+    assert generate(str(tiny_run), "--json", str(path)) == 0  # samples may be replaced by samples
+    assert len(json.loads(path.read_text(encoding="utf-8"))) == 1
 
 
 def test_control_characters_do_not_reach_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from farspan.cli.info import _bytes, _ranges, count_parameters
+from farspan.cli.info import _bytes, _ranges, count_parameters, describe_machine
 from farspan.cli.main import main
+from farspan.mixers.softmax import SoftmaxMixer
 from farspan.models import FarspanConfig, FarspanForCausalLM
 
 
@@ -24,11 +25,26 @@ def test_machine(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         assert all(backends["triton"] for backends in machine["operators"].values())  # each with its reason
     assert machine["mixers"]["metala"]["cache"] == "state"
+    for mixer in machine["mixers"].values():
+        assert set(mixer["operators"]) <= set(machine["operators"])
+        assert bool(mixer["backends"]) == bool(mixer["operators"])
     assert machine["mixers"]["softmax"]["cache"] == "kv"
     assert "gated_mlp" in machine["feed_forwards"]
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in [*machine["operators"], *machine["mixers"], *machine["feed_forwards"]])
+
+
+def test_a_mixer_needs_the_backends_of_all_its_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    from farspan import ops
+
+    backends = {"reference": None, "torch": None, "triton": None}
+    availability = {"one": backends, "other": {**backends, "triton": "no kernels"}}
+    monkeypatch.setattr(ops, "availability", lambda: availability)
+    monkeypatch.setattr(SoftmaxMixer, "operators", ("one", "other"), raising=False)
+    mixer = describe_machine()["mixers"]["softmax"]
+    assert mixer["operators"] == ["one", "other"]
+    assert mixer["backends"] == {"reference": None, "torch": None, "triton": "no kernels"}
 
 
 def test_model_directory(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

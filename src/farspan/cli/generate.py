@@ -55,7 +55,8 @@ class _Command:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: Path | None = None
-    """Save the samples with their seeds and options to this file; samples.json in a run enters its report."""
+    """Save the samples with their seeds and options to this file; samples.json in a run enters its report. Earlier
+    samples there are replaced, any other file is left alone."""
     check_python: bool = False
     """Print the share of complete lines that read as Python (the rule is in farspan.evaluation.samples)."""
 
@@ -82,6 +83,8 @@ def run(argv: list[str]) -> int:
     from farspan.evaluation.loading import check_model_directory, choose_device, load_model, load_tokenizer
 
     check_model_directory(options.directory)  # a mistake in the directory is said at once
+    if options.json is not None:
+        check_samples(options.json)
     prompt = read_prompt(options.prompt, options.prompt_file)
 
     import torch
@@ -148,6 +151,25 @@ def read_prompt(prompt: str, file: str | None) -> str:
         raise DataError(f"prompt file {name} does not exist.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"the prompt from {name} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+
+
+def check_samples(path: Path) -> None:
+    """Refuses to replace a file that holds anything but samples.
+
+    Raises:
+        ConfigError: there is such a file, or a directory.
+    """
+    if not path.exists():
+        return
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        content = None
+    ours = isinstance(content, list) and all(
+        isinstance(item, dict) and {"prompt", "text"} <= set(item) for item in content
+    )
+    if not ours:
+        raise ConfigError(f"--json {path} holds something other than samples and is not replaced; name another file.")
 
 
 def save_samples(path: Path, samples: "list[Sample]", sampling: "Sampling") -> None:

@@ -60,19 +60,28 @@ def describe_machine() -> dict[str, Any]:
     from farspan.mixers.base import MIXERS
     from farspan.nn.feed_forward import FEED_FORWARDS
 
-    mixers = {}
+    mixers: dict[str, dict[str, Any]] = {}
     for name in MIXERS.names():
         mixer, options = MIXERS.get(name)
         mixers[name] = {
+            "operators": list(getattr(mixer, "operators", ())),
             "cache": mixer.cache_kind(options()),
             "bidirectional": mixer.bidirectional,
             "shards": mixer.shards,
+        }
+    operators = ops.availability()  # mixers have registered theirs by now
+    for about in mixers.values():
+        needed = [operators.get(name, {}) for name in about["operators"]]
+        about["backends"] = {
+            backend: next((reason for backends in needed if (reason := backends.get(backend))), None)
+            for backend in ("reference", "torch", "triton")
+            if needed
         }
     return {
         "versions": environment.versions(),
         "cpu": environment.processor(),
         "gpus": environment.gpus(),
-        "operators": ops.availability(),  # mixers have registered theirs by now
+        "operators": operators,
         "mixers": mixers,
         "feed_forwards": FEED_FORWARDS.names(),
     }
@@ -144,10 +153,15 @@ def _show_machine(found: dict[str, Any]) -> None:
     for operator, backends in found["operators"].items():
         table.add_row(operator, *(reason or "yes" for reason in backends.values()))
     _output.out.print(table)
-    table = _table("mixer", "memory while decoding", "bidirectional", "cut over ranks by")
+    table = _table("mixer", "operators", "backends", "memory while decoding", "bidirectional", "cut over ranks by")
     for name, mixer in found["mixers"].items():
         table.add_row(
-            name, _MEMORY[mixer["cache"]], "yes" if mixer["bidirectional"] else "no", mixer["shards"] or "not"
+            name,
+            ", ".join(mixer["operators"]),
+            ", ".join(backend for backend, reason in mixer["backends"].items() if reason is None),
+            _MEMORY[mixer["cache"]],
+            "yes" if mixer["bidirectional"] else "no",
+            mixer["shards"] or "not",
         )
     _output.out.print(table)
     _rows({"feed-forwards": ", ".join(found["feed_forwards"])})
