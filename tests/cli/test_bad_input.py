@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint import filesystem
 
 from farspan.cli.main import main
 from farspan.data import _files
@@ -29,7 +30,7 @@ class Case:
     command: str
     message: str
     mistake: Mistake = lambda work: None
-    full_disk: bool = False
+    full_disk: Callable[[pytest.MonkeyPatch], None] = lambda monkeypatch: None
     parser: bool = False  # said by the argument parser, in its own form
 
 
@@ -86,6 +87,25 @@ def poke(name: str, at: int, value: bytes) -> Mistake:
     return mistake
 
 
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, syncing a file to disk fails as on a full one."""
+    monkeypatch.setattr(_files.os, "fsync", _no_space)
+
+
+def fill_the_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, there is room for everything but weights and optimiser."""
+    monkeypatch.setattr(filesystem, "_write_item", _no_space)
+
+
+def _no_space(*args: object, **kwargs: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def fill(name: str, value: bytes) -> Mistake:
+    """Overwrites every byte of a file."""
+    return lambda work: (work / name).write_bytes(value * (work / name).stat().st_size)
+
+
 def both(*mistakes: Mistake) -> Mistake:
     return lambda work: [mistake(work) for mistake in mistakes]
 
@@ -130,6 +150,24 @@ CASES = {
         "num_attention_heads=3",
         edit("run/config.json", '"num_attention_heads": 2', '"num_attention_heads": 3'),
     ),
+    "config of an unknown dtype": Case(
+        f"info {RUN}", "config.json is damaged", edit("run/config.json", '"dtype": "float32"', '"dtype": "float33"')
+    ),
+    "record of the run that is not UTF-8": Case(f"info {RUN}", "run.json is damaged", write("run/run.json", b"\xff")),
+    "record of the run that is no object": Case(f"generate {RUN}", "run.json is damaged", write("run/run.json", "[]")),
+    "record of the run with a wrong value": Case(
+        f"eval {RUN}",
+        "run.json is damaged: sequence_length is 'many', not int",
+        edit("run/run.json", '"sequence_length": 32', '"sequence_length": "many"'),
+    ),
+    "record of the run with half a corpus": Case(
+        f"info {RUN}", "run.json is damaged: fingerprint is None", edit("run/run.json", '"fingerprint"', '"finger"')
+    ),
+    "a module that the run needs": Case(
+        f"generate {RUN}",
+        "'no_such_module' cannot be imported",
+        edit("run/run.json", '"imports": []', '"imports": ["no_such_module"]'),
+    ),
     "weights of another config": Case(
         f"generate {RUN}",
         "are not those of its config.json",
@@ -160,11 +198,19 @@ CASES = {
     "no samples": Case(f"generate {RUN} --num-samples 0", "num_samples=0"),
     "unknown device": Case(f"generate {RUN} --device gpu", "device 'gpu' cannot be used"),
     "absent device": Case(f"eval {RUN} --device cuda:99", "device 'cuda:99' cannot be used"),
+    "device without numbers": Case(f"generate {RUN} --device meta", "device 'meta' cannot be used"),
+    "samples over the model": Case(
+        f"generate {RUN} --json {RUN}/config.json", "other than samples and is not replaced"
+    ),
+    "samples over a list": Case(
+        f"generate {RUN} --json WORK/list.json", "other than samples and is not replaced", write("list.json", "[1]")
+    ),
+    "samples over a folder": Case(f"generate {RUN} --json {RUN}/data", "other than samples and is not replaced"),
     "disk full while saving samples": Case(
         f"generate {RUN} x --max-new-tokens 2 --json WORK/run/samples.json",
         "disk is full",
         write("run/samples.json", "[]"),
-        full_disk=True,
+        full_disk=fill_the_disk,
     ),
     # eval
     "dataset gone": Case(f"eval {RUN}", "dataset .* is gone .* --data", remove("run/data")),
@@ -175,6 +221,15 @@ CASES = {
     "length beyond the data": Case(f"eval {RUN} --lengths 9999999", "9999999 is longer than the whole valid split"),
     "stride of nothing": Case(f"eval {RUN} --stride 0", "stride=0"),
     "windows of nothing": Case(f"eval {RUN} --max-windows 0", "max_windows=0"),
+    "batches of nothing": Case(f"eval {RUN} --batch-tokens 0", "batch_tokens=0 is not accepted"),
+    "no protocol": Case(f"eval {RUN} --protocols", "protocols: none is named"),
+    "budget too small for a text": Case(f"eval {RUN} --max-tokens 5", "max_tokens=5 is not enough for one text of 16"),
+    "damaged log": Case(
+        f"eval {RUN} {NO_BASELINES}", "metrics.jsonl, line 1 is damaged", poke("run/metrics.jsonl", 0, b"\xff")
+    ),
+    "tokens outside the vocabulary": Case(
+        f"eval {RUN}", "valid.bin is damaged: token 3 is 65535", poke("run/data/valid.bin", 6, b"\xff\xff")
+    ),
     "dataset of another tokenizer": Case(
         f"eval {RUN}",
         "another tokenizer",
@@ -187,10 +242,13 @@ CASES = {
     "index of another format": Case(
         f"eval {RUN}", "valid.idx is not an index", poke("run/data/valid.idx", 0, b"GARBAGE")
     ),
-    "missing index": Case(f"eval {RUN}", "valid.idx", remove("run/data/valid.idx")),
+    "missing index": Case(f"eval {RUN}", "is incomplete: valid.idx missing", remove("run/data/valid.idx")),
     "damaged dataset.json": Case(f"eval {RUN}", "dataset.json is damaged", write("run/data/dataset.json", "{}")),
     "disk full while saving results": Case(
-        f"eval {RUN} {NO_BASELINES}", "disk is full", write("run/evaluation/evaluation.json", "{}"), full_disk=True
+        f"eval {RUN} {NO_BASELINES}",
+        "disk is full",
+        write("run/evaluation/evaluation.json", "{}"),
+        full_disk=fill_the_disk,
     ),
     # data
     "prepare nothing": Case("data prepare --corpus WORK/none --out WORK/out", "neither a path"),
@@ -201,7 +259,9 @@ CASES = {
         write("new/a.txt", ""),
     ),
     "prepare what is not UTF-8": Case(
-        "data prepare --corpus WORK/new --out WORK/out", "UTF-8", write("new/a.txt", b"\xff\xfe\x00")
+        "data prepare --corpus WORK/new --out WORK/out",
+        "none of its 1 files is UTF-8",
+        write("new/a.txt", b"\xff\xfe\x00"),
     ),
     "lines that are not JSON": Case(
         "data prepare --corpus WORK/a.jsonl --tokenizer byte --out WORK/out",
@@ -214,7 +274,7 @@ CASES = {
         write("a.jsonl", '{"body": 1}\n'),
     ),
     "fractions that leave nothing": Case(
-        "data prepare --corpus WORK/corpus --out WORK/out --valid-fraction 0.7 --test-fraction 0.4", "fractions"
+        "data prepare --corpus WORK/corpus --out WORK/out --valid-fraction 0.7 --test-fraction 0.4", "sum below 1"
     ),
     "vocabulary too small": Case(
         "data prepare --corpus WORK/corpus --tokenizer bpe:10 --out WORK/out", "BPE of 10 tokens"
@@ -223,16 +283,21 @@ CASES = {
         "data prepare --corpus WORK/corpus --tokenizer words --out WORK/out", "tokenizer 'words' is not known"
     ),
     "another dataset in the way": Case(
-        "data prepare --corpus WORK/corpus --tokenizer byte --out WORK/run/data", "overwrite"
+        "data prepare --corpus WORK/corpus --tokenizer byte --out WORK/run/data", "was prepared from other inputs"
     ),
-    "something else in the way": Case("data prepare --corpus WORK/corpus --tokenizer byte --out WORK/corpus", "corpus"),
+    "something else in the way": Case(
+        "data prepare --corpus WORK/corpus --tokenizer byte --out WORK/corpus", "is not a prepared dataset; it is left"
+    ),
     "disk full while preparing": Case(
-        "data prepare --corpus WORK/corpus --tokenizer byte --out WORK/out", "disk is full", full_disk=True
+        "data prepare --corpus WORK/corpus --tokenizer byte --out WORK/out", "disk is full", full_disk=fill_the_disk
     ),
-    "inspect nothing": Case("data inspect WORK/none", "none"),
-    "inspect an empty directory": Case("data inspect WORK/new", "new", folder("new")),
+    "inspect nothing": Case("data inspect WORK/none", "neither a path that exists nor a built-in corpus"),
+    "inspect an empty directory": Case("data inspect WORK/new", "no files found there", folder("new")),
+    "inspect tokens outside the vocabulary": Case(
+        "data inspect WORK/run/data", "test.bin is damaged: token 3 is 65535", poke("run/data/test.bin", 6, b"\xff\xff")
+    ),
     "inspect a truncated index": Case(
-        "data inspect WORK/run/data/valid.idx", "valid.idx", cut("run/data/valid.idx", 20)
+        "data inspect WORK/run/data/valid.idx", "valid.idx is truncated", cut("run/data/valid.idx", 20)
     ),
     # train
     "train nothing": Case("train", "needs a recipe"),
@@ -257,13 +322,16 @@ CASES = {
     ),
     "unknown mixer": Case("train WORK/recipe.yaml --output-dir WORK/new --model.mixers metal", "did you mean 'metala'"),
     "unknown option of a mixer": Case(
-        'train WORK/recipe.yaml --output-dir WORK/new --model.mixer-options {"metala":{"colour":1}}', "colour"
+        'train WORK/recipe.yaml --output-dir WORK/new --model.mixer-options {"metala":{"colour":1}}',
+        "Unknown option 'colour'",
     ),
     "train on an empty directory": Case(
         "train WORK/recipe.yaml --output-dir WORK/new --data.corpus WORK/empty", "no files", folder("empty")
     ),
     "train from an empty directory": Case(
-        "train WORK/recipe.yaml --output-dir WORK/new --model.from-pretrained WORK/empty", "empty", folder("empty")
+        "train WORK/recipe.yaml --output-dir WORK/new --model.from-pretrained WORK/empty",
+        "is not a model directory",
+        folder("empty"),
     ),
     "output directory of another recipe": Case(
         "train WORK/recipe.yaml --output-dir WORK/run --train.seed 7", "train.seed .was 0, now 7"
@@ -275,7 +343,44 @@ CASES = {
     "sequences longer than the data": Case(
         "train WORK/recipe.yaml --output-dir WORK/new --data.sequence-length 9999999", "fewer than one window"
     ),
-    "disk full while training": Case("train WORK/recipe.yaml --output-dir WORK/new", "disk|space", full_disk=True),
+    "disk full before training": Case(
+        "train WORK/recipe.yaml --output-dir WORK/new", "the disk is full", full_disk=fill_the_disk
+    ),
+    "disk full while writing a checkpoint": Case(
+        "train WORK/recipe.yaml --output-dir WORK/new",
+        "the checkpoint of step 2 was not written: no space left on the disk",
+        full_disk=fill_the_checkpoints,
+    ),
+    "a learning-rate schedule longer than the run": Case(
+        "train WORK/recipe.yaml --output-dir WORK/new --train.warmup-steps 2", "train.warmup_steps=2: the run has 2"
+    ),
+    "seed beyond the generator": Case(
+        f"train WORK/recipe.yaml --output-dir WORK/new --train.seed {2**70}", "accepted are numbers below 2\\^63"
+    ),
+    "name that is a directory": Case("train WORK/recipe.yaml --name ..", "that does not begin with '.'"),
+    "recipe with a key twice": Case(
+        "train WORK/recipe.yaml --output-dir WORK/new",
+        "name is given twice.* line 2, column 1",
+        write("recipe.yaml", "name: a\nname: b"),
+    ),
+    "module that is not there": Case(
+        "train WORK/recipe.yaml --output-dir WORK/new --imports no_such_module",
+        "imports: 'no_such_module' cannot be imported",
+    ),
+    "vocabulary too large": Case(
+        f"train WORK/recipe.yaml --output-dir WORK/new --data.tokenizer bpe:{10**20}", "at most 2147483648"
+    ),
+    "training data outside the vocabulary": Case(
+        "train WORK/recipe.yaml --output-dir WORK/new --data.directory WORK/run/data",
+        "train.bin is damaged: token .* is 65535",
+        fill("run/data/train.bin", b"\xff"),
+    ),
+    "a finished run, and a mistake in the one to replace it": Case(
+        "train WORK/recipe.yaml --output-dir WORK/run --resume never --model.mixers metal", "did you mean 'metala'"
+    ),
+    "train in a run with a damaged record": Case(
+        "train WORK/recipe.yaml --output-dir WORK/run", "run.json is damaged", write("run/run.json", b"\xff")
+    ),
 }
 
 
@@ -286,9 +391,9 @@ def test_one_message_exit_code_2_and_nothing_lost(
     case = CASES[name]
     case.mistake(workspace)
     before = contents(workspace)
-    if case.full_disk:
-        fill_the_disk(monkeypatch)
+    case.full_disk(monkeypatch)
     argv = [word.replace("WORK", str(workspace)) for word in case.command.split()]
+    assert not re.search(case.message, " ".join(argv)), "the message has to say more than what was given"
     assert main(argv) == 2
     monkeypatch.undo()
     captured = capsys.readouterr()
@@ -316,12 +421,3 @@ def contents(work: Path) -> dict[str, str]:
         for path in sorted(work.rglob("*"))
         if path.is_file() and path.name != ".lock"
     }
-
-
-def fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on, syncing a file to disk fails as on a full one."""
-
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(_files.os, "fsync", full)
