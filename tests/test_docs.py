@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import re
 from pathlib import Path
@@ -54,3 +55,16 @@ def test_links_between_files_resolve(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_pictures_are_drawn_from_the_references(tmp_path: Path) -> None:
+    specification = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
+    assert specification is not None and specification.loader is not None
+    pictures = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(pictures)
+    for name in ("dilated", "metala"):
+        assert pictures.draw(name, tmp_path).stat().st_size > 5000
+    for name in pictures.PICTURES:
+        assert (ROOT / "docs" / "images" / f"keys_{name}.png").is_file()
+        weights = pictures.PICTURES[name]()[0].transpose(0, 1)
+        assert (weights.triu(1) == 0).all(), f"{name} looks ahead"
