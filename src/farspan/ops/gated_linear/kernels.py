@@ -231,7 +231,7 @@ def scan_kernel(
         tl.store(start + base * (K * V) + o_n, b_s, mask=m_n)
         b_s = b_s * tl.exp(b_lost) + b_added
         base += -H if REVERSE else H  # the next segment is read while this one is written
-        m_next = m_n & (i + 1 < last)
+        m_next = o_n < tl.where(i + 1 < last, K * V, 0)
         b_added = tl.load(added + base * (K * V) + o_n, mask=m_next, other=0.0)
         b_lost = tl.load(lost + base * K + o_n // V, mask=m_next, other=0.0)
     tl.store(final + own + o_n, b_s, mask=m_n)
