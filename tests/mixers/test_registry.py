@@ -110,3 +110,10 @@ def test_names_are_taken_once() -> None:
     with pytest.raises(ConfigError, match="must be a dataclass"):
         register_mixer("other", RunningMean, dict)
     register_mixer("running_mean", RunningMean, RunningMeanOptions)  # the same class again is no error
+
+
+def test_a_context_of_ranks_is_refused_where_it_would_be_ignored() -> None:
+    mixer = _model().model.blocks[1].mixer
+    layout = SequenceLayout(torch.arange(3).unsqueeze(0))
+    with pytest.raises(ConfigError, match="cut over ranks"):
+        mixer(torch.zeros(1, 3, 16), layout=layout, sequence_parallel=object())

@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from farspan.errors import ConfigError
 from farspan.mixers.cache import LayerCache, StateCache
 from farspan.mixers.layout import SequenceLayout
 from farspan.nn.registry import Registry
@@ -34,7 +35,7 @@ class Mixer(nn.Module):
     Attributes:
         bidirectional: whether `config.causal=False` is supported.
         shards: how it runs when a sequence is cut over ranks: `"state"` (passes boundary states), `"keys"` (gathers
-            keys and values) or None (not at all).
+            keys and values) or None (not at all: it then refuses a `sequence_parallel` context).
         no_weight_decay: names of the module's own parameters that the optimiser must not shrink; parameters with
             fewer than two dimensions are never shrunk.
     """
@@ -42,6 +43,11 @@ class Mixer(nn.Module):
     bidirectional: ClassVar[bool] = False
     shards: ClassVar[Literal["state", "keys"] | None] = None
     no_weight_decay: tuple[str, ...] = ()
+
+    def __call__(self, *args: Any, **arguments: Any) -> Any:
+        if arguments.get("sequence_parallel") is not None and self.shards is None:
+            raise ConfigError(f"{type(self).__name__} cannot run on a sequence that is cut over ranks.")
+        return super().__call__(*args, **arguments)
 
     @staticmethod
     def cache_kind(options: Any) -> CacheKind:
@@ -86,9 +92,7 @@ class Mixer(nn.Module):
 
 
 class StateMixer(Mixer):
-    """A mixer whose memory is a `StateCache`: of constant size, and handed from rank to rank."""
-
-    shards: ClassVar[Literal["state", "keys"] | None] = "state"
+    """A mixer whose memory is a `StateCache`: of constant size."""
 
     @staticmethod
     def cache_kind(options: Any) -> CacheKind:

@@ -1,7 +1,7 @@
 """Collinear constrained attention (CoCA): softmax attention whose keys are the query itself, scaled by position."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,6 @@ class CollinearMixer(Mixer):
     """
 
     bidirectional: ClassVar[bool] = True
-    shards: ClassVar[Literal["state", "keys"] | None] = "keys"
 
     def __init__(self, config: MixerShape, options: CollinearOptions, layer_idx: int) -> None:
         super().__init__()

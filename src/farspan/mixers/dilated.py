@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,6 @@ class DilatedMixer(Mixer):
     """
 
     bidirectional: ClassVar[bool] = True
-    shards: ClassVar[Literal["state", "keys"] | None] = "keys"
     no_weight_decay = ("relative_bias",)
 
     def __init__(self, config: MixerShape, options: DilatedOptions, layer_idx: int) -> None:

@@ -1,7 +1,7 @@
 """Softmax attention with rotary positions: the baseline mixer."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,6 @@ class SoftmaxMixer(Mixer):
     """
 
     bidirectional: ClassVar[bool] = True
-    shards: ClassVar[Literal["state", "keys"] | None] = "keys"
 
     def __init__(self, config: MixerShape, options: SoftmaxOptions, layer_idx: int) -> None:
         super().__init__()
