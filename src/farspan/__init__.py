@@ -13,6 +13,7 @@ from farspan._lazy import LazyValues, after_import, lazy_attributes
 
 if TYPE_CHECKING:
     from farspan.mixers.base import Mixer, register_mixer
+    from farspan.mixers.dilated import DilatedAttention
     from farspan.models import presets
     from farspan.models.configuration import FarspanConfig
     from farspan.models.modeling import FarspanForCausalLM, FarspanModel
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DilatedAttention",
     "FarspanConfig",
     "FarspanForCausalLM",
     "FarspanModel",
@@ -33,6 +35,7 @@ __all__ = [
 
 _load = lazy_attributes(
     {
+        "DilatedAttention": "farspan.mixers.dilated",
         "FarspanConfig": "farspan.models.configuration",
         "FarspanForCausalLM": "farspan.models.modeling",
         "FarspanModel": "farspan.models.modeling",
