@@ -55,6 +55,7 @@ def fsa_kernel(case: Case) -> None:
     bias = leaves["attn_bias"] if per_row else leaves["attn_bias"].squeeze(2).transpose(1, 2)
     select = {"topk": "topk_causal" if per_row else "topk_global", "relu": "relu"}[config["mask_type"]]
     settings: dict[str, Any] = {
+        "ranking": None,
         "select": "none" if config["mask_kind"] == "nomask" else select,
         "keep": config["window_size"],
         "block_size": config["block_size"],
@@ -95,6 +96,7 @@ def _attention(case: Case, **options: Any) -> None:
     _check_bias(case, options, bias)
     chosen = mixer.options
     settings: dict[str, Any] = {
+        "ranking": None,
         "select": chosen.selection,
         "keep": chosen.keep_window_size,
         "block_size": None,

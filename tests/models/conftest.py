@@ -40,6 +40,30 @@ MIXES = {
             }
         },
     },
+    "dynamic_mask": {
+        "mixers": ["dynamic_mask"],
+        "mixer_options": {"dynamic_mask": {"keep_window_size": 4}},
+    },
+    "dynamic_mask_query": {
+        "mixers": ["dynamic_mask"],
+        "mixer_options": {
+            "dynamic_mask": {
+                "keep_window_size": 3,
+                "bias_heads": "query",
+                "bias_form": "linear",
+                "qk_norm": False,
+                "attention_bias": True,
+            }
+        },
+    },
+    "dynamic_mask_relu": {
+        "mixers": ["dynamic_mask"],
+        "mixer_options": {"dynamic_mask": {"select": "relu", "bias_form": "linear", "rope": False}},
+    },
+    "dynamic_mask_window": {
+        "mixers": ["dynamic_mask"],
+        "mixer_options": {"dynamic_mask": {"keep_window_size": 3, "sliding_window": 6}},
+    },
     "metala": {"mixers": ["metala"]},
     "softmax": {"mixers": ["softmax"]},
     "hybrid": {"mixers": ["metala", "metala", "softmax"]},

@@ -1,7 +1,7 @@
 """Dynamic mask attention (Doge): a learned bias per key, formed from its value, and a selection of keys by it."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from farspan.ops.dynamic_mask.api import SELECTIONS, dynamic_mask_attention
 
 # exp of more would leave float32; a key of this bias takes all weight anyway.
 LARGEST_EXPONENT = 80.0
+# Tokens whose inputs are held in float64 at once.
+ROWS_AT_ONCE = 1 << 15
 
 
 @dataclass
@@ -103,7 +105,6 @@ class DynamicMaskMixer(Mixer):
     """
 
     bidirectional: ClassVar[bool] = True
-    shards: ClassVar[Literal["state", "keys"] | None] = "keys"
     no_weight_decay = ("bias_scale",)
 
     def __init__(self, config: MixerShape, options: DynamicMaskOptions, layer_idx: int) -> None:
@@ -152,17 +153,24 @@ class DynamicMaskMixer(Mixer):
     ) -> Tensor:
         q, k, v = self.project(x, layout)
         bias = self.key_bias(v)
+        ranking = self.key_ranking(x, bias)
+        if isinstance(cache, UnreturningCache):
+            cache.begin()
+        past = isinstance(cache, BiasedKeyCache | LiveKeyCache) and cache.length > 0
+        select, key_mask, held = self.options.selection, None, (k, v, bias, ranking)
         if isinstance(cache, LiveKeyCache):
-            out = self._attend_live(q, k, v, bias, layout, cache)
-        elif isinstance(cache, BiasedKeyCache) and cache.length:
-            keys, values, bias, key_mask = cache.append_biased(k, v, bias, layout.padding_mask)
-            out = self._attend(q, keys, values, bias, key_mask=key_mask)
+            held = cache.append(k, v, bias, ranking, layout.padding_mask)
+            # A single query finds the selection made; several select among the live keys and themselves.
+            select = "none" if past and q.shape[1] == 1 else select
+        elif isinstance(cache, BiasedKeyCache):
+            keys, values, key_mask, more = cache.append_with(k, v, layout.padding_mask, bias=bias, ranking=ranking)
+            held = (keys, values, more["bias"], more["ranking"])
+        if past:
+            out = self._attend(q, *held, select=select, key_mask=key_mask)
         else:
-            if isinstance(cache, BiasedKeyCache):
-                cache.append_biased(k, v, bias, layout.padding_mask)
-            elif isinstance(cache, UnreturningCache):
-                cache.begin()
-            out = self._attend_packed(q, k, v, bias, layout)
+            # Without a past, padding and packing are one case: real tokens side by side.
+            packed = (layout.pack(part) for part in (q, k, v, bias, ranking))
+            out = layout.unpack(self._attend(*packed, select=select, cu_seqlens=layout.sequences()))
         return self.o_proj(out.flatten(2))
 
     def project(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,34 +195,42 @@ class DynamicMaskMixer(Mixer):
             bias = self.bias_scale.to(dtype) * softplus(logits.to(dtype))
             return bias.clamp(max=LARGEST_EXPONENT).exp() if self.options.bias_form == "exp" else bias
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, **visibility: Any) -> Tensor:
-        options = self.options
-        settings = {
-            "select": options.selection,
-            "keep": options.keep_window_size,
-            "block_size": options.smoothing_block,
-            "causal": self.causal,
-            "window": options.sliding_window,
-        }
-        return dynamic_mask_attention(q, k, v, bias, **{**settings, **visibility})
+    def key_ranking(self, x: Tensor, bias: Tensor) -> Tensor:
+        """What the keys are ranked by, `[B, T, M]`: A·softplus(z), from the layer's input and in float64.
 
-    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, layout: SequenceLayout) -> Tensor:
-        """Without a past, padding and packing are one case: real tokens side by side."""
-        packed = (layout.pack(part) for part in (q, k, v, bias))
-        return layout.unpack(self._attend(*packed, cu_seqlens=layout.sequences()))
+        Where two tokens are equal, so must their rankings be, since age decides between equals. The values do not grant
+        that: the last bit of a matrix product depends on its shape and on the place of the row. In float64, rounded to
+        float32, it does not. Where `v_proj` is more than a plain linear layer, the bias itself is the ranking.
+        """
+        if not self.options.selection.startswith("topk") or self.bias_proj is None or self.bias_scale is None:
+            return bias.detach()
+        if type(self.v_proj) is not nn.Linear or type(self.bias_proj) is not nn.Linear:
+            return bias.detach()
+        with torch.no_grad(), without_autocast(x):
+            value, outer = self.v_proj, self.bias_proj.weight.double()
+            weight = outer @ value.weight.double()
+            offset = None
+            if value.bias is not None and self.bias_proj.bias is not None:
+                offset = outer @ value.bias.double() + self.bias_proj.bias.double()
+            logits = [nn.functional.linear(part.double(), weight, offset) for part in x.split(ROWS_AT_ONCE, dim=1)]
+            return (self.bias_scale.double() * softplus(torch.cat(logits, dim=1))).float()
 
-    def _attend_live(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, layout: SequenceLayout, cache: LiveKeyCache
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, ranking: Tensor, *, select: str, **visibility: Any
     ) -> Tensor:
-        hidden = bias
-        if layout.padding_mask is not None:
-            hidden = bias.masked_fill(~layout.padding_mask.unsqueeze(-1), float("-inf"))
-        fresh = cache.length == 0
-        keys, values, live = cache.append(k, v, hidden)
-        if fresh:
-            return self._attend_packed(q, k, v, bias, layout)
-        # A single query finds the selection made; several select among the live keys and themselves.
-        return self._attend(q, keys, values, live, select="none" if q.shape[1] == 1 else self.options.selection)
+        return dynamic_mask_attention(
+            q,
+            k,
+            v,
+            bias,
+            ranking=ranking,
+            select=select,
+            keep=self.options.keep_window_size,
+            block_size=self.options.smoothing_block,
+            causal=self.causal,
+            window=self.options.sliding_window,
+            **visibility,
+        )
 
     def new_cache(self) -> LayerCache:
         options = self.options
@@ -222,7 +238,7 @@ class DynamicMaskMixer(Mixer):
             return UnreturningCache(options.looks_ahead)
         if options.evicts:
             return LiveKeyCache(options.keep_window_size, self.bias_heads // self.key_heads)
-        return BiasedKeyCache(options.sliding_window, ranked=options.selection == "topk_causal")
+        return BiasedKeyCache(options.sliding_window)
 
     def flops_per_token(self, length: int) -> float:
         options = self.options
@@ -239,8 +255,8 @@ class DynamicMaskMixer(Mixer):
         options = self.options
         if options.looks_ahead:
             return 0
-        # float32 biases, and with evictions an int32 age per key.
-        bias, key = 4 * self.bias_heads, 2 * self.key_heads * self.head_dim * dtype.itemsize
+        # float32 biases and rankings, and with evictions an int32 age per key.
+        bias, key = 8 * self.bias_heads, 2 * self.key_heads * self.head_dim * dtype.itemsize
         if options.evicts:
             sharing = self.bias_heads // self.key_heads
             return min(length, options.keep_window_size * sharing) * (key + bias + 4 * self.key_heads)

@@ -9,40 +9,31 @@ from farspan.mixers.cache import KeyValueCache, LayerCache
 from farspan.ops.dynamic_mask.expiry import expiry
 
 GONE = float("-inf")
-# Biases of one token, formed by matrix products of different shapes in different calls, differ by this many roundings.
-SAME_TOKEN = 16
 
 
 class BiasedKeyCache(KeyValueCache):
-    """Keys, values and biases `[B, S, M]` of every token, or of the last `window − 1` real tokens of each row.
+    """Keys, values and what else is known of a key, `[B, S, M]`, of every token or of the last `window − 1` real ones.
 
     Args:
         window: number of keys a query sees, itself included; None keeps all keys.
-        ranked: whether biases are compared with each other, so that those of one token must be equal.
     """
 
-    def __init__(self, window: int | None = None, ranked: bool = False) -> None:
-        super().__init__(window)
-        self.ranked = ranked
-
-    def append_biased(
-        self, keys: Tensor, values: Tensor, bias: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """As `append`, with `[B, T, M]` biases of the new tokens and `[B, S, M]` of all."""
-        bias = bias.detach()
-        if self.ranked and self.length:
-            bias = settled(bias, self.tensors["bias"][:, : self.length])
-        buffer = self.tensors["bias"] = self._write("bias", bias)
-        bias = buffer[:, : self.length + bias.shape[1]]
-        keys, values, mask = self.append(keys, values, mask)
-        return keys, values, bias, mask
+    def append_with(
+        self, keys: Tensor, values: Tensor, mask: Tensor | None, **more: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+        """As `append`; `more` are `[B, T, M]` of the new tokens, returned as `[B, S, M]` of all."""
+        total = self.length + keys.shape[1]
+        for name, x in more.items():
+            self.tensors[name] = self._write(name, x.detach())
+        held = {name: self.tensors[name][:, :total] for name in more}
+        return *self.append(keys, values, mask), held
 
 
 class LiveKeyCache(LayerCache):
     """The w live keys of every row and bias head: an evicted key never returns, so nothing else is ever needed.
 
     Bias heads that share a key-value head keep the union of their keys. Memory is constant from w tokens per sharing
-    bias head on; `born` holds the age that decides between equal biases.
+    bias head on. A ranking of −inf marks what a bias head has lost; `born` is the age that decides between equals.
 
     Args:
         keep: w.
@@ -54,31 +45,34 @@ class LiveKeyCache(LayerCache):
         self.keep, self.sharing, self.bound = keep, sharing, keep * sharing
         self.length = self.seen = 0
 
-    def append(self, keys: Tensor, values: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def append(
+        self, keys: Tensor, values: Tensor, bias: Tensor, ranking: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Adds new tokens, and forgets what no later query can choose.
 
         Args:
             keys, values: `[B, T, G, K]` and `[B, T, G, V]`.
-            bias: `[B, T, G·R]`; −inf for padding.
+            bias, ranking: `[B, T, G·R]`.
+            mask: `[B, T]` bool, True for real tokens, or None when all are real.
 
         Returns:
-            Keys, values and biases of everything that the new queries may choose from, oldest first per key-value head
-            for T > 1, the new tokens last; for T = 1 already selected, with a bias of −inf at all other keys.
+            Keys, values, biases and rankings of everything that the new queries may choose from, −inf where they may
+            not: for T > 1 oldest first per key-value head, the new tokens last; for T = 1 already selected.
         """
+        if mask is not None:
+            ranking = ranking.masked_fill(~mask.unsqueeze(-1), GONE)
+        born = torch.arange(self.seen, self.seen + keys.shape[1], dtype=torch.int32, device=keys.device)
         new = {
             "keys": keys.detach(),
             "values": values.detach(),
             "bias": bias.detach().unflatten(2, (-1, self.sharing)),
-            "born": torch.full(keys.shape[:3], self.seen, dtype=torch.int32, device=keys.device),
+            "ranking": ranking.detach().unflatten(2, (-1, self.sharing)),
+            "born": born[:, None].expand(keys.shape[:3]),
         }
-        new["born"] += torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)[:, None]
-        if self.length:
-            known = self.tensors["bias"][:, : self.length]
-            new["bias"] = settled(new["bias"].flatten(2), known.flatten(2)).unflatten(2, (-1, self.sharing))
         self.seen += keys.shape[1]
-        one = keys.shape[1] == 1 and self.length > 0
-        held = self._step(new) if one else self._extend(new)
-        return held["keys"], held["values"], held["bias"].flatten(2)
+        held = self._step(new) if keys.shape[1] == 1 and self.length else self._extend(new)
+        bias = held["bias"].masked_fill(held["ranking"] == GONE, GONE)
+        return held["keys"], held["values"], bias.flatten(2), held["ranking"].flatten(2)
 
     def reset(self) -> None:
         super().reset()
@@ -92,10 +86,10 @@ class LiveKeyCache(LayerCache):
             order = old["born"].argsort(dim=1)
             held = {name: torch.cat((_take(old[name], order), x), dim=1) for name, x in new.items()}
         total = held["born"].shape[1]
-        expires = expiry(held["bias"].flatten(2), self.keep).unflatten(2, (-1, self.sharing))
-        kept = {**held, "bias": held["bias"].masked_fill(expires < total, GONE)}
+        expires = expiry(held["ranking"].flatten(2), self.keep).unflatten(2, (-1, self.sharing))
+        kept = {**held, "ranking": held["ranking"].masked_fill(expires < total, GONE)}
         if total > self.bound:
-            gone = ~(kept["bias"] > GONE).any(-1)
+            gone = ~(kept["ranking"] > GONE).any(-1)
             order = gone.to(torch.int8).argsort(dim=1, stable=True)[:, : self.bound]
             kept = {name: _take(x, order) for name, x in kept.items()}
         else:
@@ -106,26 +100,25 @@ class LiveKeyCache(LayerCache):
     def _step(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
         """One token: every bias head with more than w live keys drops its worst, of equals the oldest."""
         used = self.length
-        bias = torch.cat((self.tensors["bias"][:, :used], new["bias"]), dim=1)
+        ranking = torch.cat((self.tensors["ranking"][:, :used], new["ranking"]), dim=1)
         born = torch.cat((self.tensors["born"][:, :used], new["born"]), dim=1)
-        live = bias > GONE
-        lowest = bias.masked_fill(~live, -GONE).amin(1, keepdim=True)
-        age = born.unsqueeze(-1).masked_fill(bias != lowest, torch.iinfo(born.dtype).max)
+        live = ranking > GONE
+        lowest = ranking.masked_fill(~live, -GONE).amin(1, keepdim=True)
+        age = born.unsqueeze(-1).masked_fill(ranking != lowest, torch.iinfo(born.dtype).max)
         worst = age.argmin(1, keepdim=True)
         crowded = live.sum(1, keepdim=True) > self.keep
-        bias.scatter_(1, worst, bias.gather(1, worst).masked_fill(crowded, GONE))
-        new = {**new, "bias": bias[:, used:]}
+        ranking.scatter_(1, worst, ranking.gather(1, worst).masked_fill(crowded, GONE))
+        new = {**new, "ranking": ranking[:, used:]}
+        self.tensors["ranking"][:, :used] = ranking[:, :used]
         if used < self.bound:
             self._make_room(used + 1)
-            self.tensors["bias"][:, :used] = bias[:, :used]
             for name, x in new.items():
                 self.tensors[name][:, used : used + 1] = x
             self.length += 1
         else:
-            # If the new key stays, one of the slots is free: w per sharing bias head, and one of theirs just died.
-            self.tensors["bias"][:, :used] = bias[:, :used]
-            free = (bias[:, :used] > GONE).any(-1).to(torch.int8).argmin(1, keepdim=True)
-            stays = (new["bias"] > GONE).any(-1)
+            # If the new key stays, a slot is free: of w keys per sharing bias head one has just died in every one's.
+            free = (ranking[:, :used] > GONE).any(-1).to(torch.int8).argmin(1, keepdim=True)
+            stays = (new["ranking"] > GONE).any(-1)
             for name, x in new.items():
                 buffer = self.tensors[name]
                 slot = _spread(free, buffer)
@@ -168,30 +161,6 @@ class UnreturningCache(LayerCache):
 
     def reset(self) -> None:
         self.used = False
-
-
-def settled(bias: Tensor, known: Tensor) -> Tensor:
-    """New biases, each replaced by a known one of its head where that is equal up to rounding.
-
-    Equal biases are decided by age, so a token that repeats must have the bias it had before, in its last bit; matrix
-    products of different shapes do not grant that.
-
-    Args:
-        bias: `[B, T, M]`.
-        known: `[B, S, M]`, −inf for forgotten ones.
-
-    Returns:
-        `[B, T, M]`.
-    """
-    tolerance = SAME_TOKEN * torch.finfo(bias.dtype).eps
-    values = bias.transpose(1, 2).contiguous()
-    ordered = known.transpose(1, 2).sort(dim=-1).values
-    after = torch.searchsorted(ordered, values)
-    last = ordered.shape[-1] - 1
-    for place in ((after - 1).clamp(min=0), after.clamp(max=last)):
-        near = ordered.gather(-1, place)
-        values = torch.where((near - values).abs() <= tolerance * values.abs(), near, values)
-    return values.transpose(1, 2)
 
 
 def _spread(index: Tensor, like: Tensor) -> Tensor:

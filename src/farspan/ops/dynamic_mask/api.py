@@ -19,6 +19,7 @@ def dynamic_mask_attention(
     v: Tensor,
     bias: Tensor,
     *,
+    ranking: Tensor | None = None,
     scale: float | None = None,
     select: str = "topk_causal",
     keep: int = 2048,
@@ -52,6 +53,8 @@ def dynamic_mask_attention(
         v: `[B, S, G, V]`.
         bias: `[B, S, M]` per key, or `[B, M, T, S]` per query row; query head h reads bias head h // (H/M). M divides
             H, and of G and M one divides the other. −inf hides a key.
+        ranking: of bias's shape, what the top-k selections compare instead of the bias; not differentiated. For callers
+            who know the order of the keys better than a rounded bias shows it.
         scale: factor on q·k, not on the bias; None is K^−½.
         select: `"none"`, `"topk_causal"`, `"topk_global"` or `"relu"`.
         keep: w, for the two top-k selections.
@@ -99,6 +102,7 @@ def dynamic_mask_attention(
     contract.tensor("k", k, "B S G K")
     contract.tensor("v", v, "B S G V")
     contract.rank("bias", bias, ("B S M", "B M T S"))
+    contract.tensor("ranking", ranking, "B S M" if bias.dim() == 3 else "B M T S")
     contract.mask("key_mask", key_mask, "B S")
     contract.packed(cu_seqlens)
     contract.choice("select", select, SELECTIONS)
@@ -125,6 +129,7 @@ def dynamic_mask_attention(
             k,
             v,
             bias,
+            ranking=ranking,
             scale=q.shape[-1] ** -0.5 if scale is None else scale,
             select=select,
             keep=keep,

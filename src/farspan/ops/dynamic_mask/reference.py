@@ -14,6 +14,7 @@ def dynamic_mask_attention_reference(
     v: Tensor,
     bias: Tensor,
     *,
+    ranking: Tensor | None,
     scale: float,
     select: str,
     keep: int,
@@ -27,6 +28,7 @@ def dynamic_mask_attention_reference(
     kept = kept_keys(
         bias,
         q.shape[1],
+        ranking=ranking,
         select=select,
         keep=keep,
         block_size=block_size,
@@ -42,6 +44,7 @@ def kept_keys(
     bias: Tensor,
     queries: int,
     *,
+    ranking: Tensor | None,
     select: str,
     keep: int,
     block_size: int | None,
@@ -75,7 +78,8 @@ def kept_keys(
     if select == "relu":
         chosen = by_row > 0
     elif select != "none":
-        chosen = best(by_row.expand(*candidates.shape[:2], queries, keys), candidates, keep)
+        ranked = by_row if ranking is None else _by_row(ranking.detach())
+        chosen = best(ranked.expand(*candidates.shape[:2], queries, keys), candidates, keep)
     if block_size is not None:
         blocks = key_blocks(keys, block_size, key_mask, cu_seqlens, bias.device)
         chosen = smoothed(chosen.expand_as(seen), blocks)

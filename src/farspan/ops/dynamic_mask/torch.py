@@ -21,6 +21,7 @@ def dynamic_mask_attention_torch(
     v: Tensor,
     bias: Tensor,
     *,
+    ranking: Tensor | None,
     scale: float,
     select: str,
     keep: int,
@@ -44,15 +45,16 @@ def dynamic_mask_attention_torch(
     fast = bias.dim() == 3 and queries > 1 and queries * keys > SHORT
     once = select != "topk_causal" and not (window is not None and key_mask is not None)
     if fast and once:
-        chosen = _chosen(bias, select, keep, block_size, key_mask, cu_seqlens)
+        chosen = _chosen(bias, bias if ranking is None else ranking, select, keep, block_size, key_mask, cu_seqlens)
         return _fused(q, k, v, bias, chosen, scale, causal, window, key_mask, cu_seqlens)
     if fast and causal and window is None and block_size is None:
-        return _live(q, k, v, bias, scale, keep, key_mask, cu_seqlens)
+        return _live(q, k, v, bias, bias if ranking is None else ranking, scale, keep, key_mask, cu_seqlens)
     return dynamic_mask_attention_reference(
         q,
         k,
         v,
         bias,
+        ranking=ranking,
         scale=scale,
         select=select,
         keep=keep,
@@ -69,6 +71,7 @@ def _live(
     k: Tensor,
     v: Tensor,
     bias: Tensor,
+    ranking: Tensor,
     scale: float,
     keep: int,
     key_mask: Tensor | None,
@@ -77,7 +80,7 @@ def _live(
     wide = compute_dtype(q, k, v)
     if key_mask is not None:
         bias = bias.masked_fill(~key_mask.unsqueeze(-1), float("-inf"))
-    expires = expiry(bias, keep, cu_seqlens)
+    expires = expiry(ranking.masked_fill(bias == float("-inf"), float("-inf")), keep, cu_seqlens)
     starts = torch.zeros(k.shape[1], dtype=torch.int32, device=k.device)
     if cu_seqlens is not None:
         starts = cu_seqlens[:-1][varlen.sequence_ids(cu_seqlens)]
@@ -86,7 +89,13 @@ def _live(
 
 
 def _chosen(
-    bias: Tensor, select: str, keep: int, block_size: int | None, key_mask: Tensor | None, cu_seqlens: Tensor | None
+    bias: Tensor,
+    ranking: Tensor,
+    select: str,
+    keep: int,
+    block_size: int | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> Tensor:
     """The keys that a selection without regard to the query leaves, `[B, S, M]` bool."""
     batch, keys, heads = bias.shape
@@ -98,8 +107,8 @@ def _chosen(
         ends = torch.full((keys,), keys, dtype=torch.int32, device=bias.device)
         if cu_seqlens is not None:
             ends = cu_seqlens[1:][varlen.sequence_ids(cu_seqlens)]
-        best = ranks_of(bias, cu_seqlens) >= ends - keep
-        chosen = chosen & best.reshape(batch, heads, keys).transpose(1, 2)
+        ranks = ranks_of(ranking.masked_fill(bias == float("-inf"), float("-inf")), cu_seqlens)
+        chosen = chosen & (ranks >= ends - keep).reshape(batch, heads, keys).transpose(1, 2)
     if block_size is not None:
         blocks = key_blocks(keys, block_size, key_mask, cu_seqlens, bias.device)
         chosen = smoothed(chosen.transpose(1, 2).unsqueeze(2), blocks).squeeze(2).transpose(1, 2)
