@@ -1,5 +1,7 @@
 """MetaLA attention: a readable step loop, and the same formulas around the chunked operator."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,14 +25,15 @@ def metala_attention_reference(
     padding_mask: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    recurrence: Callable[..., tuple[Tensor, Tensor]] = gated_linear_attention_reference,
 ) -> tuple[Tensor, Tensor]:
-    """The formulas of `metala_attention` around the step-by-step recurrence; arguments as there.
+    """The formulas of `metala_attention` around the recurrence, step by step by default; arguments as there.
 
     Returns:
         `out` `[B, T, H, V]` in v's dtype, and the final state.
     """
     log_decay, k = decay_and_key(gate_logits, key, decay_normalizer, padding_mask)
-    out, state = gated_linear_attention_reference(
+    out, state = recurrence(
         q, k, v.to(k.dtype), log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
     )
     out = augment_and_normalize(out, q, k, v, augmentation, augmentation_inside, normalize, norm_eps)
