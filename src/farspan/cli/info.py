@@ -153,7 +153,7 @@ def _show_machine(found: dict[str, Any]) -> None:
     for operator, backends in found["operators"].items():
         table.add_row(operator, *(reason or "yes" for reason in backends.values()))
     _output.out.print(table)
-    table = _table("mixer", "operators", "backends", "memory while decoding", "bidirectional", "cut over ranks by")
+    table = _table("mixer", "operators", "backends", "memory while decoding", "both ways", "cut over ranks by")
     for name, mixer in found["mixers"].items():
         table.add_row(
             name,
@@ -168,10 +168,10 @@ def _show_machine(found: dict[str, Any]) -> None:
 
 
 _MEMORY = {
-    "kv": "grows with the text (keys and values)",
-    "window": "constant (keys and values of a window)",
-    "state": "constant (a state)",
-    "state+kv": "grows with the text (a state, and keys and values)",
+    "kv": "keys and values: grows",
+    "window": "keys and values of a window: constant",
+    "state": "state: constant",
+    "state+kv": "state, keys and values: grows",
 }
 
 
@@ -209,8 +209,8 @@ def _rows(rows: dict[str, str]) -> None:
 
 def _table(*columns: str) -> Table:
     table = Table()
-    for column in columns:
-        table.add_column(column)
+    for number, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=number == 0)
     return table
 
 

@@ -156,6 +156,7 @@ class Checkpointer:
         """Lets a pending save finish, without complaint: for the way out of an error that matters more."""
         with contextlib.suppress(CheckpointError):
             self.wait()
+        self._writer.shutdown()
 
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Progress, dict[str, Any]]:
         """Reads a checkpoint into the model and the optimiser.
