@@ -13,7 +13,7 @@ from farspan.ops.gated_linear.kernels import cumsum, exp, is_extreme, key_and_de
 @triton.jit
 def output_kernel(
     q_tilde, k_tilde, v, half, u, states, out, rstd, chunks, eps,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, AUGMENT: tl.constexpr,
     INSIDE: tl.constexpr, NORMALIZE: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def norm_kernel(dy, y, rstd, d_out, rows, V: tl.constexpr, BR: tl.constexpr, BV:
 @triton.jit
 def value_gradient_kernel(
     q_tilde, k_tilde, v, half, u, d_out, d_states, dv, du, chunks,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, AUGMENT: tl.constexpr, INSIDE: tl.constexpr,
     FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +118,7 @@ def value_gradient_kernel(
 def gradient_kernel(
     k, q_tilde, k_tilde, v, gate, half, weight, d_out, states, d_states, dq, dk, d_gate, du, d_weight, chunks,
     scale, tau,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, AUGMENT: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

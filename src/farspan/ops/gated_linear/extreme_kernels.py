@@ -36,7 +36,7 @@ def _pairs(o_t, size):
 
 
 @triton.jit
-def _any_extreme(half, first, count, i_h, H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, LIMIT: tl.constexpr):
+def _any_extreme(half, first, count, i_h, H, K: tl.constexpr, BK: tl.constexpr, LIMIT: tl.constexpr):
     o_c, o_k = first + tl.arange(0, MANY), tl.arange(0, BK)
     offset = (o_c.to(tl.int64) * H + i_h)[:, None] * K + o_k[None, :]
     b_half = tl.load(half + offset, mask=(o_c < count)[:, None] & (o_k < K)[None, :], other=0.0)
@@ -46,7 +46,7 @@ def _any_extreme(half, first, count, i_h, H: tl.constexpr, K: tl.constexpr, BK: 
 @triton.jit
 def _extreme_prepare(
     i_c, i_h, q, k, gate, q_tilde, k_tilde, chunks, scale, tau,
-    H: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr,
+    H, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
     """One extreme chunk of `extreme_prepare_kernel`."""
     t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
@@ -66,7 +66,7 @@ def _extreme_prepare(
 @triton.jit
 def extreme_prepare_kernel(
     q, k, gate, q_tilde, k_tilde, half, chunks, count, scale, tau,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """As `prepare_kernel`, for the extreme ones among `MANY` chunks: exponents from the chunk's edges, all <= 0."""
@@ -81,7 +81,7 @@ def extreme_prepare_kernel(
 @triton.jit
 def _extreme_output(
     i_c, i_h, i_v, q, k, q_tilde, v, gate, half, u, states, out, rstd, chunks, scale, tau, eps,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.constexpr, AUGMENT: tl.constexpr,
     INSIDE: tl.constexpr, NORMALIZE: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +126,7 @@ def _extreme_output(
 @triton.jit
 def extreme_output_kernel(
     q, k, q_tilde, v, gate, half, u, states, out, rstd, chunks, count, scale, tau, eps,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.constexpr, AUGMENT: tl.constexpr,
     INSIDE: tl.constexpr, NORMALIZE: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +148,7 @@ def extreme_output_kernel(
 def _extreme_gradient(
     i_c, i_h, q, k, q_tilde, k_tilde, v, gate, half, u, weight, d_out, states, d_states, dq, dk, dv, d_gate, d_weight,
     chunks, scale, tau,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.constexpr, AUGMENT: tl.constexpr,
     INSIDE: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -254,7 +254,7 @@ def _extreme_gradient(
 def extreme_gradient_kernel(
     q, k, q_tilde, k_tilde, v, gate, half, u, weight, d_out, states, d_states, dq, dk, dv, d_gate, d_weight, chunks,
     count, scale, tau,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.constexpr, AUGMENT: tl.constexpr,
     INSIDE: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

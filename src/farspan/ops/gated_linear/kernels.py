@@ -77,7 +77,7 @@ def _gate(z, tau, FAST: tl.constexpr):
 @triton.jit
 def key_and_decay(
     k, gate, row, o_rows, o_columns, m_rows, mask, tau,
-    H: tl.constexpr, K: tl.constexpr, DECAY: tl.constexpr, FAST: tl.constexpr,
+    H, K: tl.constexpr, DECAY: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Gate logit, key and log decay of a tile in float32; rows outside the sequence write nothing and decay by 1."""
     offset = row * K + o_rows * (H * K) + o_columns
@@ -109,7 +109,7 @@ def cumsum(x, REVERSE: tl.constexpr, BT: tl.constexpr, FAST: tl.constexpr, PART:
 @triton.jit
 def prepare_kernel(
     q, k, gate, weight, q_tilde, k_tilde, centre, half, u, chunks, scale, tau,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, AUGMENT: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Queries and keys of one chunk with their decays, the chunk's centre and half range, and MetaLA's `u`."""
@@ -154,7 +154,7 @@ def is_extreme(half, place, K: tl.constexpr, BK: tl.constexpr, DECAY: tl.constex
 @triton.jit
 def state_kernel(
     x, y, centre, half, start, end, lost, states, segments,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, REVERSE: tl.constexpr, HAS_START: tl.constexpr,
     STORE_STATES: tl.constexpr, STORE_END: tl.constexpr, STORE_LOST: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -215,7 +215,7 @@ def state_kernel(
 @triton.jit
 def scan_kernel(
     added, lost, initial, start, final, offsets,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr,
+    H, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """The state entering every segment of a sequence from what the segments add."""
     i_n, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)

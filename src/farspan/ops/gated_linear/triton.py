@@ -267,7 +267,9 @@ class _Attention(torch.autograd.Function):
                     num_warps=8, num_stages=1,
                 )  # fmt: skip
         if weight is not None and d_weight is not None:
-            d_weight = d_weight.sum(0).to(weight.dtype)
+            # One number per chunk and channel, summed as a product with ones, which is faster than `sum` here.
+            d_weight = d_weight.new_ones(d_weight.shape[0]) @ d_weight.flatten(1)
+            d_weight = d_weight.view_as(weight).to(weight.dtype)
         return dq, dk, dv, d_gate, d_weight, d_initial, None, None
 
 

@@ -1,0 +1,110 @@
+"""Every kernel compiles for the architectures of the tile table, ahead of time, without a GPU.
+
+This catches what the interpreter lets pass: operations that the compiler does not have, matrix products that are too
+small, shared memory beyond the card's, registers spilled in bulk, matrix instructions that are missing.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from farspan.ops.gated_linear import chunk_kernels, extreme_kernels, kernels
+from farspan.ops.gated_linear.triton import CHUNK, LIMIT, NARROWEST, Tiles, tiles
+
+pytestmark = pytest.mark.slow
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+SPILLED_BYTES = 512  # a stack frame of the common kernels; those for extreme chunks may need more
+INTEGERS, FLOATS = {"rows", "count", "H"}, {"scale", "tau", "eps"}
+TABLES = {"segments", "chunks", "offsets"}
+ALWAYS_FLOAT32 = {"start", "end", "lost", "added", "initial", "final", "centre", "half", "u", "du", "rstd", "d_weight"}
+
+
+def constants(dtype: torch.dtype, width: int, decay: int) -> dict[str, Any]:
+    """Compile-time arguments that the kernels share."""
+    fast = 0 if dtype == torch.float32 else 2
+    return {
+        "K": width, "V": 128, "BT": CHUNK, "BK": max(NARROWEST, width), "DECAY": decay, "LIMIT": LIMIT[dtype],
+        "LEVELS": CHUNK.bit_length() - 1, "AUGMENT": decay == 3, "INSIDE": True, "NORMALIZE": decay == 3,
+        "FAST": fast, "PART": tl.bfloat16, "DOT": tl.bfloat16 if fast else tl.float32,
+        "PRECISION": "tf32" if fast else "tf32x3", "HAS_START": True, "STORE_STATES": True, "STORE_END": True,
+        "STORE_LOST": True, "BN": 256, "BR": 32, "BV": 128,
+    }  # fmt: skip
+
+
+def compiled(
+    kernel: Any, architecture: int, dtype: torch.dtype, values: dict[str, Any], warps: int, stages: int
+) -> Any:
+    """The kernel's binary for an architecture such as 90."""
+    element = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+    names = [parameter.name for parameter in kernel.params]
+    signature = {}
+    for name in names:
+        if name in values:
+            signature[name] = "constexpr"
+        elif name in INTEGERS:
+            signature[name] = "i32"
+        elif name in FLOATS:
+            signature[name] = "fp32"
+        else:
+            signature[name] = "*i32" if name in TABLES else "*fp32" if name in ALWAYS_FLOAT32 else element
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
+    known = {name: values[name] for name in names if name in values}
+    source = ASTSource(kernel, signature=signature, constexprs=known, attrs=attributes)
+    return compile(source, GPUTarget("cuda", architecture, 32), {"num_warps": warps, "num_stages": stages})
+
+
+def stack_bytes(binary: Any, directory: Path) -> int:
+    """Bytes per thread that did not fit the registers."""
+    from triton import knobs
+
+    path = directory / "kernel.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", report).group(1))
+
+
+def launches(choice: Tiles) -> list[tuple[Any, int, int, dict[str, Any]]]:
+    """Kernel, warps, stages and the arguments that differ from launch to launch."""
+    state, output, value, gradient = ({"BV": t[0]} for t in choice)
+    return [
+        (kernels.prepare_kernel, 4, 3, {}),
+        (kernels.state_kernel, *choice.state[1:], state | {"REVERSE": False}),
+        (kernels.state_kernel, *choice.state[1:], state | {"REVERSE": True}),
+        (kernels.scan_kernel, 2, 3, {"REVERSE": False}),
+        (chunk_kernels.output_kernel, *choice.output[1:], {} if choice.output[0] == 128 else output),
+        (chunk_kernels.norm_kernel, 4, 3, {}),
+        (chunk_kernels.value_gradient_kernel, *choice.value_gradient[1:], value),
+        (chunk_kernels.gradient_kernel, *choice.gradient[1:], gradient),
+        (extreme_kernels.extreme_prepare_kernel, 4, 3, {}),
+        (extreme_kernels.extreme_output_kernel, choice.output[1], 1, output),
+        (extreme_kernels.extreme_gradient_kernel, 8, 1, gradient),
+    ]
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("width", "decay"), [(64, 3), (128, 2)])
+def test_kernels_compile(architecture: int, dtype: torch.dtype, width: int, decay: int, tmp_path: Path) -> None:
+    for kernel, warps, stages, differing in launches(tiles(architecture // 10, width, dtype.itemsize)):
+        name = kernel.__name__
+        binary = compiled(kernel, architecture, dtype, constants(dtype, width, decay) | differing, warps, stages)
+        assert binary.metadata.shared <= SHARED_MEMORY[architecture], f"{name}: {binary.metadata.shared} bytes shared"
+        if architecture == 90 and dtype == torch.bfloat16:
+            if name not in ("scan_kernel", "norm_kernel", "extreme_prepare_kernel"):
+                assert "wgmma.mma_async" in binary.asm["ptx"], f"{name}: no warp-group matrix instruction"
+            if width == 64 and not name.startswith("extreme"):
+                assert stack_bytes(binary, tmp_path) <= SPILLED_BYTES, name
