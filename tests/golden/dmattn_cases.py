@@ -11,7 +11,7 @@ from farspan.models.configuration import FarspanConfig
 from farspan.models.convert.doge import attention_entries, attention_options
 from farspan.models.convert.names import to_ours, to_published
 from farspan.ops import dynamic_mask_attention
-from farspan.ops.dynamic_mask.reference import kept_keys
+from farspan.ops.dynamic_mask.reference import Selection, kept_keys
 from farspan.ops.softmax.reference import visible
 from tests.golden.case import Case
 
@@ -55,20 +55,16 @@ def fsa_kernel(case: Case) -> None:
     bias = leaves["attn_bias"] if per_row else leaves["attn_bias"].squeeze(2).transpose(1, 2)
     select = {"topk": "topk_causal" if per_row else "topk_global", "relu": "relu"}[config["mask_type"]]
     settings: dict[str, Any] = {
-        "ranking": None,
         "select": "none" if config["mask_kind"] == "nomask" else select,
         "keep": config["window_size"],
         "block_size": config["block_size"],
         "causal": config["is_causal"],
-        "window": None,
-        "key_mask": None,
-        "cu_seqlens": None,
     }
-    kept = kept_keys(bias, q.shape[1], **settings)
+    kept = kept_keys(bias, q.shape[1], Selection(**settings))
     seen = kept.repeat_interleave(q.shape[2] // kept.shape[1], dim=1)
     assert torch.equal(seen, case.outputs["visible"].bool()), f"{case.name}: visible"
     if "attn_mask" in case.outputs:
-        chosen = kept_keys(bias, q.shape[1], **(settings if per_row else {**settings, "causal": False}))
+        chosen = kept_keys(bias, q.shape[1], Selection(**(settings if per_row else {**settings, "causal": False})))
         chosen = chosen if per_row else chosen[:, :, :1]
         assert torch.equal(chosen, case.outputs["attn_mask"].bool()), f"{case.name}: attn_mask"
     for backend in ("reference", "torch"):
@@ -96,16 +92,12 @@ def _attention(case: Case, **options: Any) -> None:
     _check_bias(case, options, bias)
     chosen = mixer.options
     settings: dict[str, Any] = {
-        "ranking": None,
         "select": chosen.selection,
         "keep": chosen.keep_window_size,
-        "block_size": None,
-        "causal": True,
         "window": chosen.sliding_window,
         "key_mask": mask,
-        "cu_seqlens": None,
     }
-    _check_selection(case, kept_keys(bias, x.shape[1], **settings), mask)
+    _check_selection(case, kept_keys(bias, x.shape[1], Selection(**settings)), mask)
     if "attn_weights" in case.outputs:
         identity = torch.eye(x.shape[1])[None, :, None].expand(len(x), -1, k.shape[2], -1)
         weights = dynamic_mask_attention(q, k, identity, bias, **settings).transpose(1, 2)

@@ -14,7 +14,7 @@ from farspan.errors import ConfigError, ShapeError
 from farspan.ops import dynamic_mask_attention
 from farspan.ops.dynamic_mask.blocks import block_length, live_slots
 from farspan.ops.dynamic_mask.expiry import expiry
-from farspan.ops.dynamic_mask.reference import kept_keys
+from farspan.ops.dynamic_mask.reference import Selection, kept_keys
 from farspan.ops.softmax.api import softmax_attention
 from tests import tolerances
 from tests.ops.checks import assert_close, boundaries
@@ -58,17 +58,7 @@ def forms_agree(tensors: list[Tensor], **options: Any) -> Tensor:
 
 
 def kept(bias: Tensor, queries: int, **options: Any) -> Tensor:
-    defaults = {
-        "ranking": None,
-        "select": "topk_causal",
-        "keep": 3,
-        "block_size": None,
-        "causal": True,
-        "window": None,
-        "key_mask": None,
-        "cu_seqlens": None,
-    }
-    return kept_keys(bias, queries, **{**defaults, **options})
+    return kept_keys(bias, queries, Selection(**{"keep": 3, **options}))
 
 
 def expiry_by_definition(bias: Tensor, keep: int) -> Tensor:

@@ -105,6 +105,7 @@ class DynamicMaskMixer(Mixer):
     """
 
     bidirectional: ClassVar[bool] = True
+    operators: ClassVar[tuple[str, ...]] = ("dynamic_mask_attention",)
     no_weight_decay = ("bias_scale",)
 
     def __init__(self, config: MixerShape, options: DynamicMaskOptions, layer_idx: int) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 from farspan.errors import ConfigError, ShapeError
 from farspan.ops._backend import register, resolve
 from farspan.ops._contract import Contract, without_autocast
-from farspan.ops.dynamic_mask.reference import dynamic_mask_attention_reference
+from farspan.ops.dynamic_mask.reference import Selection, dynamic_mask_attention_reference
 from farspan.ops.dynamic_mask.torch import dynamic_mask_attention_torch
 
 register("dynamic_mask_attention", reference=dynamic_mask_attention_reference, torch=dynamic_mask_attention_torch)
@@ -123,20 +123,17 @@ def dynamic_mask_attention(
     if block_size is not None and select == "none":
         raise ConfigError(f"{op}: block_size={block_size} smooths a selection, but select='none' makes none.")
     implementation = resolve(op, backend, (q, k, v, bias))
+    selection = Selection(
+        select=select,
+        keep=keep,
+        block_size=block_size,
+        causal=causal,
+        window=window,
+        key_mask=None if key_mask is None else key_mask.bool(),
+        cu_seqlens=cu_seqlens,
+        ranking=None if ranking is None else ranking.detach(),
+    )
     with without_autocast(q):
-        out: Tensor = implementation(
-            q,
-            k,
-            v,
-            bias,
-            ranking=ranking,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            select=select,
-            keep=keep,
-            block_size=block_size,
-            causal=causal,
-            window=window,
-            key_mask=None if key_mask is None else key_mask.bool(),
-            cu_seqlens=cu_seqlens,
-        )
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        out: Tensor = implementation(q, k, v, bias, scale=scale, selection=selection)
     return out

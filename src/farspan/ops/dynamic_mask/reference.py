@@ -1,5 +1,7 @@
 """The definition of dynamic mask attention with explicit masks."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -8,55 +10,37 @@ from farspan.ops._contract import compute_dtype
 from farspan.ops.softmax.reference import visible
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which keys a query may attend to; the fields are the arguments of `dynamic_mask_attention`."""
+
+    select: str = "topk_causal"
+    keep: int = 2048
+    block_size: int | None = None
+    causal: bool = True
+    window: int | None = None
+    key_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    ranking: Tensor | None = None
+
+
 def dynamic_mask_attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    *,
-    ranking: Tensor | None,
-    scale: float,
-    select: str,
-    keep: int,
-    block_size: int | None,
-    causal: bool,
-    window: int | None,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: float, selection: Selection
 ) -> Tensor:
     """See `dynamic_mask_attention`; O(T·S) memory."""
-    kept = kept_keys(
-        bias,
-        q.shape[1],
-        ranking=ranking,
-        select=select,
-        keep=keep,
-        block_size=block_size,
-        causal=causal,
-        window=window,
-        key_mask=key_mask,
-        cu_seqlens=cu_seqlens,
-    )
-    return attend(q, k, v, bias, kept, scale)
+    return attend(q, k, v, bias, kept_keys(bias, q.shape[1], selection), scale)
 
 
-def kept_keys(
-    bias: Tensor,
-    queries: int,
-    *,
-    ranking: Tensor | None,
-    select: str,
-    keep: int,
-    block_size: int | None,
-    causal: bool,
-    window: int | None,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
+def kept_keys(bias: Tensor, queries: int, selection: Selection) -> Tensor:
     """Which keys each query attends to, `[B, M, T, S]` bool: those it may see and that were chosen.
 
-    Arguments as in `dynamic_mask_attention`; `queries` is T.
+    Args:
+        bias: `[B, S, M]` or `[B, M, T, S]`.
+        queries: T.
+        selection: the options.
     """
+    select, block_size, ranking = selection.select, selection.block_size, selection.ranking
+    key_mask, cu_seqlens = selection.key_mask, selection.cu_seqlens
     by_row = _by_row(bias.detach())
     keys = by_row.shape[-1]
 
@@ -72,14 +56,14 @@ def kept_keys(
         )
         return seen.unsqueeze(1) & (by_row > float("-inf"))
 
-    seen = visible_keys(causal, window)
+    seen = visible_keys(selection.causal, selection.window)
     candidates = visible_keys(causal=False, window=None) if select == "topk_global" else seen
     chosen = candidates
     if select == "relu":
         chosen = by_row > 0
     elif select != "none":
         ranked = by_row if ranking is None else _by_row(ranking.detach())
-        chosen = best(ranked.expand(*candidates.shape[:2], queries, keys), candidates, keep)
+        chosen = best(ranked.expand(*candidates.shape[:2], queries, keys), candidates, selection.keep)
     if block_size is not None:
         blocks = key_blocks(keys, block_size, key_mask, cu_seqlens, bias.device)
         chosen = smoothed(chosen.expand_as(seen), blocks)
