@@ -64,7 +64,7 @@ def describe_machine() -> dict[str, Any]:
     for name in MIXERS.names():
         mixer, options = MIXERS.get(name)
         mixers[name] = {
-            "operators": list(getattr(mixer, "operators", ())),
+            "operators": list(mixer.operators),
             "cache": mixer.cache_kind(options()),
             "bidirectional": mixer.bidirectional,
             "shards": mixer.shards,
@@ -153,15 +153,13 @@ def _show_machine(found: dict[str, Any]) -> None:
     for operator, backends in found["operators"].items():
         table.add_row(operator, *(reason or "yes" for reason in backends.values()))
     _output.out.print(table)
-    table = _table("mixer", "operators", "backends", "memory while decoding", "both ways", "cut over ranks by")
+    table = _table("mixer", "operators", "backends", "memory while decoding")
     for name, mixer in found["mixers"].items():
         table.add_row(
             name,
-            ", ".join(mixer["operators"]),
+            "\n".join(mixer["operators"]),
             ", ".join(backend for backend, reason in mixer["backends"].items() if reason is None),
             _MEMORY[mixer["cache"]],
-            "yes" if mixer["bidirectional"] else "no",
-            mixer["shards"] or "not",
         )
     _output.out.print(table)
     _rows({"feed-forwards": ", ".join(found["feed_forwards"])})
@@ -169,7 +167,7 @@ def _show_machine(found: dict[str, Any]) -> None:
 
 _MEMORY = {
     "kv": "keys and values: grows",
-    "window": "keys and values of a window: constant",
+    "window": "some keys and values: bounded",
     "state": "state: constant",
     "state+kv": "state, keys and values: grows",
 }

@@ -61,6 +61,7 @@ class CollinearMixer(Mixer):
     """
 
     bidirectional: ClassVar[bool] = True
+    operators: ClassVar[tuple[str, ...]] = ("collinear_attention",)
 
     def __init__(self, config: MixerShape, options: CollinearOptions, layer_idx: int) -> None:
         super().__init__()

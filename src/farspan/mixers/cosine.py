@@ -63,6 +63,7 @@ class CosineMixer(StateMixer):
     """
 
     bidirectional: ClassVar[bool] = True
+    operators: ClassVar[tuple[str, ...]] = ("cosine_attention",)
 
     def __init__(self, config: MixerShape, options: CosineOptions, layer_idx: int) -> None:
         super().__init__()

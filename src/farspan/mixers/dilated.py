@@ -105,6 +105,7 @@ class DilatedMixer(Mixer):
     """
 
     bidirectional: ClassVar[bool] = True
+    operators: ClassVar[tuple[str, ...]] = ("dilated_attention",)
     no_weight_decay = ("relative_bias",)
 
     def __init__(self, config: MixerShape, options: DilatedOptions, layer_idx: int) -> None:

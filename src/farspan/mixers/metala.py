@@ -70,6 +70,7 @@ class MetaLAMixer(StateMixer):
     """
 
     bidirectional: ClassVar[bool] = True
+    operators: ClassVar[tuple[str, ...]] = ("metala_attention", "short_convolution")
     no_weight_decay = ("augmentation", "convolution")
 
     def __init__(self, config: MixerShape, options: MetaLAOptions, layer_idx: int) -> None:

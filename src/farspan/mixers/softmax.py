@@ -44,6 +44,7 @@ class SoftmaxMixer(Mixer):
     """
 
     bidirectional: ClassVar[bool] = True
+    operators: ClassVar[tuple[str, ...]] = ("softmax_attention",)
 
     def __init__(self, config: MixerShape, options: SoftmaxOptions, layer_idx: int) -> None:
         super().__init__()

@@ -86,6 +86,7 @@ class SSDMixer(StateMixer):
     """
 
     bidirectional: ClassVar[bool] = True
+    operators: ClassVar[tuple[str, ...]] = ("state_space_duality", "short_convolution")
     no_weight_decay = ("convolution",)
 
     def __init__(self, config: MixerShape, options: SSDOptions, layer_idx: int) -> None:
