@@ -39,7 +39,13 @@ def compare(op: partial, x: Named, tolerance: float) -> None:
     """The kernels on `x` against the PyTorch form on the same numbers in float64."""
     got = outputs_and_gradients(lambda **t: tuple(y.cpu() for y in op(backend="triton", **t)), x)
     want = outputs_and_gradients(lambda **t: tuple(y.cpu() for y in op(backend="torch", **t)), double(x))
-    assert_same({n: t.cpu() for n, t in got.items()}, {n: t.cpu() for n, t in want.items()}, tolerance)
+    got, want = ({name: tensor.cpu() for name, tensor in results.items()} for results in (got, want))
+    if x["q"].dtype == torch.float16:  # what lies wholly below its smallest number comes out as 0
+        tiny = torch.finfo(torch.float16).smallest_normal
+        for name in [name for name, tensor in want.items() if tensor.abs().max() < tiny]:
+            assert got.pop(name).abs().max() <= tiny, name
+            del want[name]
+    assert_same(got, want, tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "widths"), FORMS, ids=str)
