@@ -80,29 +80,35 @@ def _thresholds(ranks: Tensor, keep: int) -> Tensor:
     stands at the places a … a + 2m − 1 of its level, and the ranks before it that lie in lower halves are a/2.
     """
     rows, length = ranks.shape
-    level = ranks
     place = torch.arange(length, dtype=torch.int32, device=ranks.device)
+    level = ranks.clone()
     node = torch.zeros_like(ranks)  # where the node of each row's answer begins
-    inside = (place + 1).expand(rows, -1)  # how many keys of the row's prefix are in that node
+    inside = (place + 1).repeat(rows, 1)  # how many keys of the row's prefix are in that node
     wanted = torch.full_like(ranks, keep - 1)  # how many of them are better than the answer
     lower_before = torch.zeros((rows, length + 1), dtype=torch.int32, device=ranks.device)
+    # Every step writes into these: fresh pages would cost more than the arithmetic.
+    lower, upper, other = torch.empty_like(ranks), torch.empty_like(ranks), torch.empty_like(ranks)
+    index = torch.empty_like(ranks, dtype=torch.int64)
+    in_lower, descend = torch.empty_like(ranks, dtype=torch.bool), torch.empty_like(ranks, dtype=torch.bool)
     for bit in reversed(range((length - 1).bit_length())):
         half = 1 << bit
-        in_lower = (level & half) == 0
+        torch.eq(torch.bitwise_and(level, half, out=other), 0, out=in_lower)
         torch.cumsum(in_lower, 1, dtype=torch.int32, out=lower_before[:, 1:])
-        lower = lower_before.gather(1, (node + inside).long()).sub_(node >> 1)
-        upper = inside - lower
-        descend = wanted < upper
-        wanted = wanted - upper.masked_fill(descend, 0)
-        inside = torch.where(descend, upper, lower)
-        node = node.add_(descend, alpha=half)
-        del lower, upper, descend
+        torch.gather(lower_before, 1, torch.add(node, inside, out=index), out=lower)
+        lower.sub_(torch.bitwise_right_shift(node, 1, out=other))
+        torch.sub(inside, lower, out=upper)
+        torch.lt(wanted, upper, out=descend)
+        torch.where(descend, upper, lower, out=inside)
+        wanted.sub_(upper.masked_fill_(descend, 0))
+        node.add_(descend, alpha=half)
         if bit:
             # A stable partition of every node: lower half first, each half still in order of time.
             begin = place & -2 * half
-            lower = lower_before[:, :-1] - (begin >> 1)
-            target = torch.where(in_lower, lower + begin, (place + half) - lower)
-            level = torch.empty_like(level).scatter_(1, target.long(), level)
+            torch.sub(lower_before[:, :-1], begin >> 1, out=lower)
+            torch.sub(place + half, lower, out=upper)
+            torch.where(in_lower, lower.add_(begin), upper, out=other)
+            upper.scatter_(1, index.copy_(other), level)
+            level, upper = upper, level
     return node
 
 
