@@ -10,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help install demo test test-slow lint format bench clean
+.PHONY: help install demo test test-kernels test-gpu test-slow lint format bench clean
 
 help:  ## Lists the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,12 @@ demo: .venv/.base  ## Trains, evaluates and samples a small model on real text, 
 
 test: .venv/.dev  ## Fast tests, without a GPU
 	$(PYTEST) -m 'not slow and not gpu'
+
+test-kernels: .venv/.dev  ## The Triton kernels in the interpreter, without a GPU
+	TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_kernels_interpreted.py
+
+test-gpu: .venv/.dev  ## The kernels on an NVIDIA GPU
+	$(PYTEST) -m gpu
 
 test-slow: .venv/.dev  ## The tests that `make test` leaves out, without a GPU
 	$(PYTEST) -m 'slow and not gpu'
