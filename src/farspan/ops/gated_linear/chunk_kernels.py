@@ -7,7 +7,7 @@ Chunks whose decays exceed the limit are left to `extreme_kernels`.
 import triton
 import triton.language as tl
 
-from farspan.ops.gated_linear.kernels import cumsum, exp, is_extreme, key_and_decay, sigmoid
+from farspan.ops.gated_linear.kernels import cumsum, exp, is_extreme, key_and_decay, sigmoid, write_output
 
 
 @triton.jit
@@ -38,17 +38,7 @@ def output_kernel(
     b_a = tl.where(o_t[:, None] >= o_t[None, :], b_a, 0.0).to(DOT)
     b_o = tl.dot(b_q, b_s, input_precision=PRECISION)
     b_o += tl.dot(b_a, b_v.to(DOT), input_precision=PRECISION)
-    if AUGMENT:
-        b_u = tl.load(u + row + o_t * H, mask=m_t, other=0.0)[:, None]
-        b_v32 = b_v.to(tl.float32)
-        b_o += sigmoid(b_u * b_v32, FAST) if INSIDE else sigmoid(b_u, FAST) * b_v32
-    if NORMALIZE:
-        b_mean = tl.sum(tl.where(m_v, b_o, 0.0), axis=1) / V
-        b_o = tl.where(m_v, b_o - b_mean[:, None], 0.0)
-        b_rstd = 1 / tl.sqrt(tl.sum(b_o * b_o, axis=1) / V + eps)
-        b_o *= b_rstd[:, None]
-        tl.store(rstd + row + o_t * H, b_rstd, mask=m_t)
-    tl.store(out + row * V + o_t[:, None] * (H * V) + o_v[None, :], b_o.to(out.dtype.element_ty), mask=m_v)
+    write_output(b_o, b_v, u, out, rstd, row, o_t, o_v, m_t, m_v, eps, H, V, AUGMENT, INSIDE, NORMALIZE, FAST)
 
 
 @triton.jit

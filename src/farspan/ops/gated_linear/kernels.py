@@ -107,6 +107,25 @@ def cumsum(x, REVERSE: tl.constexpr, BT: tl.constexpr, FAST: tl.constexpr, PART:
 
 
 @triton.jit
+def write_output(
+    b_o, b_v, u, out, rstd, row, o_t, o_v, m_t, m_v, eps, H, V: tl.constexpr,
+    AUGMENT: tl.constexpr, INSIDE: tl.constexpr, NORMALIZE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Stores one chunk's outputs, after MetaLA's augmentation and norm when asked for."""
+    if AUGMENT:
+        b_u = tl.load(u + row + o_t * H, mask=m_t, other=0.0)[:, None]
+        b_v32 = b_v.to(tl.float32)
+        b_o += sigmoid(b_u * b_v32, FAST) if INSIDE else sigmoid(b_u, FAST) * b_v32
+    if NORMALIZE:
+        b_mean = tl.sum(tl.where(m_v, b_o, 0.0), axis=1) / V
+        b_o = tl.where(m_v, b_o - b_mean[:, None], 0.0)
+        b_rstd = 1 / tl.sqrt(tl.sum(b_o * b_o, axis=1) / V + eps)
+        b_o *= b_rstd[:, None]
+        tl.store(rstd + row + o_t * H, b_rstd, mask=m_t)
+    tl.store(out + row * V + o_t[:, None] * (H * V) + o_v[None, :], b_o.to(out.dtype.element_ty), mask=m_v)
+
+
+@triton.jit
 def prepare_kernel(
     q, k, gate, weight, q_tilde, k_tilde, centre, half, u, chunks, scale, tau,
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
