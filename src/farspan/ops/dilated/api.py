@@ -137,7 +137,7 @@ def dilated_attention(
     spans = [(0, sizes["T"])] if cu_seqlens is None else varlen.spans(cu_seqlens)
     if distance_bias is not None:
         contract.tensor("distance_bias", distance_bias, "H R")
-        reach = min(max(segment_lengths), max((end - start for start, end in spans), default=0))
+        reach = min(max(segment_lengths), max([end - start for start, end in spans], default=0))
         if sizes["R"] % 2 == 0 or sizes["R"] < 2 * reach - 1:
             raise ShapeError(
                 f"dilated_attention: distance_bias has {sizes['R']} distances; expected an odd number of at least "
