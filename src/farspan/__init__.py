@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from farspan.mixers.base import Mixer, register_mixer
     from farspan.mixers.dilated import DilatedAttention
     from farspan.models import presets
+    from farspan.models.causal_lm import FarspanForCausalLM
     from farspan.models.configuration import FarspanConfig
-    from farspan.models.modeling import FarspanForCausalLM, FarspanModel
+    from farspan.models.modeling import FarspanModel
     from farspan.nn.feed_forward import FeedForward, register_feed_forward
 
 __version__ = "0.1.0"
@@ -37,7 +38,7 @@ _load = lazy_attributes(
     {
         "DilatedAttention": "farspan.mixers.dilated",
         "FarspanConfig": "farspan.models.configuration",
-        "FarspanForCausalLM": "farspan.models.modeling",
+        "FarspanForCausalLM": "farspan.models.causal_lm",
         "FarspanModel": "farspan.models.modeling",
         "FeedForward": "farspan.nn.feed_forward",
         "Mixer": "farspan.mixers.base",
@@ -72,7 +73,7 @@ def _register_models() -> None:
 
     for mapping, home in (
         (modeling_auto.MODEL_MAPPING, "farspan.models.modeling:FarspanModel"),
-        (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, "farspan.models.modeling:FarspanForCausalLM"),
+        (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, "farspan.models.causal_lm:FarspanForCausalLM"),
     ):
         mapping._extra_content = LazyValues(mapping._extra_content)
         mapping.register(FarspanConfig, home, exist_ok=True)

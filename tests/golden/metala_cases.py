@@ -5,11 +5,11 @@ from torch import Tensor
 
 from farspan.mixers import SequenceLayout
 from farspan.mixers.metala import MetaLAMixer, MetaLAOptions
+from farspan.models.blocks import FarspanBlock
 from farspan.models.cache import positions_of
 from farspan.models.configuration import FarspanConfig
 from farspan.models.convert.metala import mixer_entries, neox_layer_entries
 from farspan.models.convert.names import to_ours
-from farspan.models.modeling import FarspanBlock
 from farspan.ops import gated_linear_attention
 from tests.golden.case import Case
 

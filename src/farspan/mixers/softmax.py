@@ -10,6 +10,7 @@ from farspan.errors import ConfigError
 from farspan.mixers.base import CacheKind, Mixer, MixerShape, linear_flops
 from farspan.mixers.cache import KeyValueCache, LayerCache
 from farspan.mixers.layout import SequenceLayout
+from farspan.nn.norms import RMSNorm
 from farspan.nn.positions import apply_rotary
 from farspan.ops.softmax.api import softmax_attention
 
@@ -23,22 +24,34 @@ class SoftmaxOptions:
         attention_bias: whether the four projections have biases.
         rope: whether queries and keys are rotated by position; False leaves positions out.
         partial_rotary_factor: share of a head's channels that is rotated.
+        rope_interleaved: True rotates channels (2j, 2j + 1), as GPT-J; False (j, j + r/2).
+        qk_norm: whether an RMSNorm per head stands on queries and keys, before the rotation (Qwen3).
+        sub_norm: whether a LayerNorm stands before the output projection (sub-LN).
+        norm_eps: epsilon of these norms.
     """
 
     sliding_window: int | None = None
     attention_bias: bool = False
     rope: bool = True
     partial_rotary_factor: float = 1.0
+    rope_interleaved: bool = False
+    qk_norm: bool = False
+    sub_norm: bool = False
+    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ConfigError(f"sliding_window={self.sliding_window} must be at least 1, or null for full attention.")
         if not 0 < self.partial_rotary_factor <= 1:
             raise ConfigError(f"partial_rotary_factor={self.partial_rotary_factor} must lie in (0, 1].")
+        if self.norm_eps <= 0:
+            raise ConfigError(f"norm_eps={self.norm_eps} must be positive.")
 
 
 class SoftmaxMixer(Mixer):
     """o = softmax(R(q) R(k)ᵀ K^−½) v with grouped key-value heads and RoPE R, then an output projection.
+
+    The options add norms of q and k, leave the rotation out or change its pairs.
 
     Cost: O(T²) time, a cache of 2·G·K numbers per token (the last `sliding_window` tokens with a window).
     """
@@ -66,6 +79,10 @@ class SoftmaxMixer(Mixer):
         self.k_proj = nn.Linear(config.hidden_size, self.key_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, self.key_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
+        self.q_norm = RMSNorm(self.head_dim, options.norm_eps) if options.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, options.norm_eps) if options.qk_norm else nn.Identity()
+        width = self.heads * self.head_dim
+        self.sub_norm = nn.LayerNorm(width, eps=options.norm_eps) if options.sub_norm else nn.Identity()
 
     @staticmethod
     def cache_kind(options: Any) -> CacheKind:
@@ -82,9 +99,11 @@ class SoftmaxMixer(Mixer):
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
+        q, k = self.q_norm(q), self.k_norm(k)
         if self.options.rope:
             cos, sin = layout.rotary(self.rotary_dim, self.rope_parameters, self.max_position_embeddings)
-            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+            interleaved = self.options.rope_interleaved
+            q, k = apply_rotary(q, cos, sin, interleaved), apply_rotary(k, cos, sin, interleaved)
         window = self.options.sliding_window
         fresh = cache is None
         if cache is not None:
@@ -104,7 +123,7 @@ class SoftmaxMixer(Mixer):
             out = layout.unpack(out)
         else:
             out = softmax_attention(q, keys, values, causal=self.causal, window=window, key_mask=key_mask)
-        return self.o_proj(out.flatten(2))
+        return self.o_proj(self.sub_norm(out.flatten(2)))
 
     def new_cache(self) -> LayerCache:
         return KeyValueCache(self.options.sliding_window)

@@ -6,8 +6,9 @@ from farspan._lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from farspan.models.cache import FarspanCache
+    from farspan.models.causal_lm import FarspanForCausalLM
     from farspan.models.configuration import FarspanConfig
-    from farspan.models.modeling import FarspanForCausalLM, FarspanModel
+    from farspan.models.modeling import FarspanModel
 
 __all__ = ["FarspanCache", "FarspanConfig", "FarspanForCausalLM", "FarspanModel"]
 
@@ -16,7 +17,7 @@ _load = lazy_attributes(
         "FarspanConfig": "farspan.models.configuration",
         "FarspanCache": "farspan.models.cache",
         "FarspanModel": "farspan.models.modeling",
-        "FarspanForCausalLM": "farspan.models.modeling",
+        "FarspanForCausalLM": "farspan.models.causal_lm",
     }
 )
 

@@ -2,7 +2,7 @@
 
 import typing
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -46,7 +46,7 @@ class FarspanConfig(PreTrainedConfig):
     flat fields.
 
     Args:
-        vocab_size: number of token ids.
+        vocab_size: number of token ids; 0 has no token embeddings, the input is then `inputs_embeds`.
         hidden_size: model width D.
         intermediate_size: inner width of the feed-forwards; None is 8/3·D rounded up to a multiple of 64.
         num_hidden_layers: depth; None takes the length of `mixers` (8 if that is empty).
@@ -61,8 +61,31 @@ class FarspanConfig(PreTrainedConfig):
         rope_parameters: `{"rope_type": "default" | "linear" | "dynamic" | "yarn", "rope_theta": 10000.0, …}`.
         norm_type: `rms_norm`, `layer_norm`, `simple_rms_norm` (no parameters) or `neox_rms_norm` (eps outside).
         norm_eps: epsilon of the norms.
+        norm_place: `pre` (norm before each branch), `post` (after each addition, as BERT), or `sub`: as `pre`, with a
+            second norm inside every branch (sub-LN: sets `sub_norm` in the options of all mixers and feed-forwards) and
+            the initialisation that belongs to it.
+        final_norm: whether a norm follows the last layer; None has one unless `norm_place` is `post`.
+        use_parallel_residual: whether mixer and feed-forward read the same input (GPT-NeoX) instead of one another's.
+        shared_parallel_norm: whether they then share one norm (GPT-J).
+        residual_scaling: what multiplies the residual stream at each addition: `none`, `per_channel` (learned, Doge) or
+            `deepnorm` ((2·layers)^¼, with the initialisation that belongs to it).
+        position_embedding: `none`, or `learned` (a table added to the token embeddings; limits the length).
+        position_embedding_offset: rows of that table before position 0.
+        type_vocab_size: number of token types, whose embeddings are added; 0 has none.
+        embedding_scale: factor of the token embeddings.
+        embedding_norm: whether a norm follows the sum of the embeddings.
+        embedding_dropout: dropout on the embeddings.
         hidden_act: activation of the feed-forwards.
         hidden_dropout: dropout on each branch before it is added to the residual stream.
+        drop_path_rate: probability that the last layer leaves out a branch in training; grows linearly from 0.
+        lm_head_bias: whether the language-model head has a bias.
+        pooler: whether the stack ends with BERT's pooler, tanh of a linear map of the first token.
+        next_sentence_head: whether the masked language model also says if two sentences follow one another.
+        classifier_pooling: which state of a row a sequence classifier reads: `last` or `first` real token, `mean` of
+            the real tokens, or `pooler`; None takes `pooler` if there is one, else `last` (causal) or `mean`.
+        classifier_bias: whether classifiers have a bias.
+        classifier_dropout: dropout before classifiers.
+        vision: fields of `VisionOptions` for models that read images or features of image tiles; None for text.
         causal: whether a token sees only its past. False needs mixers that can look both ways.
         initializer_range: standard deviation of linear and embedding weights at initialisation.
         tie_word_embeddings: whether the head is the embedding.
@@ -96,8 +119,27 @@ class FarspanConfig(PreTrainedConfig):
     rope_parameters: dict[str, Any] = field(default_factory=dict)
     norm_type: str = "rms_norm"
     norm_eps: float = 1e-6
+    norm_place: Literal["pre", "post", "sub"] = "pre"
+    final_norm: bool | None = None
+    use_parallel_residual: bool = False
+    shared_parallel_norm: bool = False
+    residual_scaling: Literal["none", "per_channel", "deepnorm"] = "none"
+    position_embedding: Literal["none", "learned"] = "none"
+    position_embedding_offset: int = 0
+    type_vocab_size: int = 0
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    embedding_dropout: float = 0.0
     hidden_act: str = "silu"
     hidden_dropout: float = 0.0
+    drop_path_rate: float = 0.0
+    lm_head_bias: bool = False
+    pooler: bool = False
+    next_sentence_head: bool = False
+    classifier_pooling: Literal["last", "first", "mean", "pooler"] | None = None
+    classifier_bias: bool = False
+    classifier_dropout: float = 0.0
+    vision: dict[str, Any] | None = None
     causal: bool = True
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -111,6 +153,7 @@ class FarspanConfig(PreTrainedConfig):
             if key not in _FOREIGN_KEYS:
                 raise ConfigError(f"Unknown config field {key!r}: {nearest(key, _own_fields())}")
         self._check_values()
+        self._check_description()
         self._fill_defaults()
         self._check_blocks()
         super().__post_init__(**kwargs)
@@ -121,13 +164,17 @@ class FarspanConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not fits(value, hint):
                 raise ConfigError(f"{name}={value!r} is of the wrong type; accepted: {words(hint)}.")
-        for name in ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings"):
+        for name in ("hidden_size", "num_attention_heads", "max_position_embeddings"):
             _positive(name, getattr(self, name))
+        for name in ("vocab_size", "type_vocab_size", "position_embedding_offset"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must not be negative.")
         for name in ("intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim"):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
-        if not 0 <= self.hidden_dropout < 1:
-            raise ConfigError(f"hidden_dropout={self.hidden_dropout} must lie in [0, 1).")
+        for name in ("hidden_dropout", "embedding_dropout", "classifier_dropout", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must lie in [0, 1).")
         if self.norm_eps <= 0 or self.initializer_range < 0:
             raise ConfigError(
                 f"norm_eps={self.norm_eps} must be positive and initializer_range={self.initializer_range} must not be "
@@ -139,10 +186,28 @@ class FarspanConfig(PreTrainedConfig):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             for token in value if isinstance(value, list) else [value]:
-                if token is not None and not 0 <= token < self.vocab_size:
+                if token is not None and self.vocab_size and not 0 <= token < self.vocab_size:
                     raise ConfigError(
                         f"{name}={token} is no token id; ids are 0 to vocab_size - 1 = {self.vocab_size - 1}."
                     )
+
+    def _check_description(self) -> None:
+        """Combinations of the block description that mean nothing."""
+        if self.shared_parallel_norm and not self.use_parallel_residual:
+            raise ConfigError("shared_parallel_norm=true needs use_parallel_residual=true.")
+        if self.use_parallel_residual and (self.norm_place != "pre" or self.residual_scaling != "none"):
+            raise ConfigError(
+                f"use_parallel_residual=true needs norm_place='pre' and residual_scaling='none', got "
+                f"{self.norm_place!r} and {self.residual_scaling!r}."
+            )
+        if self.residual_scaling == "deepnorm" and self.norm_place != "post":
+            raise ConfigError(f"residual_scaling='deepnorm' needs norm_place='post', got {self.norm_place!r}.")
+        if self.next_sentence_head and not self.pooler:
+            raise ConfigError("next_sentence_head=true reads the pooler; set pooler=true.")
+        if self.classifier_pooling == "pooler" and not self.pooler:
+            raise ConfigError("classifier_pooling='pooler' needs pooler=true; or choose 'last', 'first' or 'mean'.")
+        if self.tie_word_embeddings and self.vocab_size == 0:
+            raise ConfigError("tie_word_embeddings=true needs token embeddings; set vocab_size or leave the tie out.")
 
     def _fill_defaults(self) -> None:
         if self.head_dim is None:
@@ -172,6 +237,22 @@ class FarspanConfig(PreTrainedConfig):
         self.mixers = _repeated("mixers", self.mixers or ["softmax"], depth)
         self.feed_forwards = _repeated("feed_forwards", self.feed_forwards or ["gated_mlp"], depth)
         self.num_hidden_layers = depth
+        if self.final_norm is None:
+            self.final_norm = self.norm_place != "post"
+        if self.classifier_pooling is None:
+            self.classifier_pooling = "pooler" if self.pooler else "last" if self.causal else "mean"
+        if self.norm_place == "sub":
+            self._add_inner_norms()
+
+    def _add_inner_norms(self) -> None:
+        for registry, names, options in (
+            (MIXERS, self.mixers, self.mixer_options),
+            (FEED_FORWARDS, self.feed_forwards, self.feed_forward_options),
+        ):
+            for name in dict.fromkeys(names):
+                if "sub_norm" not in typing.get_type_hints(registry.get(name)[1]):
+                    raise ConfigError(f"norm_place='sub' needs a norm inside every branch; {name!r} has none.")
+                options.setdefault(name, {}).setdefault("sub_norm", True)
 
     def _check_blocks(self) -> None:
         for name in dict.fromkeys(self.mixers):

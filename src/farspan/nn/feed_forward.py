@@ -71,11 +71,13 @@ class MLPOptions:
         intermediate_size: width inside; None takes the model's `intermediate_size`.
         hidden_act: activation; None takes the model's `hidden_act`.
         bias: whether the projections have biases.
+        sub_norm: whether a LayerNorm stands before the output projection (sub-LN).
     """
 
     intermediate_size: int | None = None
     hidden_act: str | None = None
     bias: bool = False
+    sub_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.hidden_act is not None:
@@ -96,7 +98,7 @@ def activation(name: str) -> Any:
 
 
 class MLP(FeedForward):
-    """y = act(x W_up) W_down.
+    """y = LN?(act(x W_up)) W_down; the norm with `sub_norm` only.
 
     Cost: 4·D·F operations a token for inner width F.
     """
@@ -106,17 +108,18 @@ class MLP(FeedForward):
         inner = options.intermediate_size or config.intermediate_size
         self.activation = activation(options.hidden_act or config.hidden_act)
         self.up_proj = nn.Linear(config.hidden_size, inner, bias=options.bias)
+        self.sub_norm = nn.LayerNorm(inner, eps=config.norm_eps) if options.sub_norm else nn.Identity()
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=options.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, AuxiliaryRecord | None]:
-        return self.down_proj(self.activation(self.up_proj(x))), None
+        return self.down_proj(self.sub_norm(self.activation(self.up_proj(x)))), None
 
     def flops_per_token(self) -> float:
         return 2.0 * (self.up_proj.weight.numel() + self.down_proj.weight.numel())
 
 
 class GatedMLP(FeedForward):
-    """y = (act(x W_gate) ∘ x W_up) W_down; with `silu` this is SwiGLU.
+    """y = LN?(act(x W_gate) ∘ x W_up) W_down; the norm with `sub_norm` only; with `silu` this is SwiGLU.
 
     Cost: 6·D·F operations a token for inner width F.
     Source: Shazeer 2020, arXiv 2002.05202.
@@ -128,10 +131,11 @@ class GatedMLP(FeedForward):
         self.activation = activation(options.hidden_act or config.hidden_act)
         self.gate_proj = nn.Linear(config.hidden_size, inner, bias=options.bias)
         self.up_proj = nn.Linear(config.hidden_size, inner, bias=options.bias)
+        self.sub_norm = nn.LayerNorm(inner, eps=config.norm_eps) if options.sub_norm else nn.Identity()
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=options.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, AuxiliaryRecord | None]:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x)), None
+        return self.down_proj(self.sub_norm(self.activation(self.gate_proj(x)) * self.up_proj(x))), None
 
     def flops_per_token(self) -> float:
         return 2.0 * (self.gate_proj.weight.numel() + self.up_proj.weight.numel() + self.down_proj.weight.numel())
