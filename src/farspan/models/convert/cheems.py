@@ -5,6 +5,7 @@ Source: LoserCheems/WonderfulMatrices: modules/ssd.py, models/modeling_cheems.py
 
 from typing import Any
 
+from farspan.models.convert.families import Family
 from farspan.models.convert.names import Entry
 
 
@@ -38,3 +39,6 @@ def _linear_entries(projections: dict[str, str], bias: bool) -> list[Entry]:
     ]
     step = [Entry("dt_proj.weight", "dt_proj.weight"), *([Entry("dt_proj.bias", "dt_bias")] if bias else [])]
     return linear + step
+
+
+FAMILIES: tuple[Family, ...] = ()

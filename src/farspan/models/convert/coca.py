@@ -3,6 +3,7 @@
 Source: codefuse-ai/Collinear-Constrained-Attention: model/llama/modeling_llama.py, model/gpt_neox/modeling_gpt_neox.py.
 """
 
+from farspan.models.convert.families import Family
 from farspan.models.convert.names import AnyEntry, Constant, Entry, Fused
 from farspan.nn.positions import rope_frequencies
 
@@ -37,3 +38,6 @@ def neox_attention_entries(width: int, heads: int, rotary_dim: int, rotary_base:
         Entry("dense.bias", "o_proj.bias"),
         Constant("rotary_emb.inv_freq", frequencies),
     ]
+
+
+FAMILIES: tuple[Family, ...] = ()

@@ -3,6 +3,7 @@
 Source: gmongaras/Cottention_Transformer: BERT_Trainer/BertCosAttention.py, GPT_Trainer/GPTCosAttention.py.
 """
 
+from farspan.models.convert.families import Family
 from farspan.models.convert.names import Entry
 
 
@@ -34,3 +35,6 @@ def gpt_attention_entries(heads: int) -> list[Entry]:
 
 def _exponent(heads: int) -> Entry:
     return Entry("norm_const", "length_exponent", (1, heads, 1, 1), (heads,))
+
+
+FAMILIES: tuple[Family, ...] = ()

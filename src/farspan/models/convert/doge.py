@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from farspan.models.convert.families import Family
 from farspan.models.convert.names import Entry
 
 _LINEARS = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "o_proj"}
@@ -47,3 +48,6 @@ def attention_options(state: Mapping[str, Tensor], key_width: int) -> dict[str, 
         "qk_norm": "q_norm.weight" in state,
         "bias_heads": "kv" if len(state["A"]) == key_heads else "query",
     }
+
+
+FAMILIES: tuple[Family, ...] = ()

@@ -3,6 +3,7 @@
 Source: microsoft/torchscale: torchscale/component/dilated_attention.py, multihead_attention.py.
 """
 
+from farspan.models.convert.families import Family
 from farspan.models.convert.names import AnyEntry, Constant, Entry
 from farspan.nn.positions import xpos_scales
 
@@ -31,3 +32,6 @@ def attention_entries(head_dim: int, xpos: bool = False, sub_norm: bool = False)
 def relative_bias_entries() -> list[AnyEntry]:
     """The table of relative biases (`RelativePositionBias`, published beside the layers): published name → ours."""
     return [Entry("relative_attention_bias.weight", "relative_bias")]
+
+
+FAMILIES: tuple[Family, ...] = ()

@@ -3,6 +3,7 @@
 Source: BICLab/MetaLA: metala/modeling_metala.py, gpt-neox/metala_qv_selfaug.py.
 """
 
+from farspan.models.convert.families import Family
 from farspan.models.convert.names import Entry
 
 
@@ -47,3 +48,6 @@ def neox_layer_entries(width: int, heads: int, key_dim: int, norm_type: str = "l
     ]
     mixer = [entry.under("attention.", "mixer.") for entry in mixer_entries(width, heads, key_dim)]
     return [*norms, *mixer, *feed_forward]
+
+
+FAMILIES: tuple[Family, ...] = ()

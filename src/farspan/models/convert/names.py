@@ -93,7 +93,30 @@ class Constant:
         return ()
 
 
-AnyEntry = Entry | Fused | Constant
+@dataclass(frozen=True)
+class Copy:
+    """A published tensor that repeats one of ours, as a tied head does the embedding: not read, written if wanted."""
+
+    published: str
+    ours: str
+
+    def under(self, published_prefix: str, our_prefix: str) -> "Copy":
+        """The same tensor inside a larger module."""
+        return replace(self, published=published_prefix + self.published, ours=our_prefix + self.ours)
+
+    def read(self, x: Tensor) -> dict[str, Tensor]:
+        """Nothing: the parameter itself stands under its own name."""
+        return {}
+
+    def write(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The repeated tensor."""
+        return state[self.ours]
+
+    def our_names(self) -> tuple[str, ...]:
+        return ()
+
+
+AnyEntry = Entry | Fused | Constant | Copy
 
 
 def to_ours(state: Mapping[str, Tensor], entries: Iterable[AnyEntry], partial: bool = False) -> dict[str, Tensor]:
