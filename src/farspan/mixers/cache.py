@@ -15,6 +15,8 @@ class LayerCache:
 
     # Whether tokens can be taken back. A recurrent state cannot, nor can a cache that has evicted keys.
     croppable = False
+    # Whether a step can overwrite the memory in place, so that a CUDA graph of it can be replayed.
+    can_pin = False
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -51,6 +53,28 @@ class LayerCache:
 class StateCache(LayerCache):
     """Constant-size memory: named states of recurrences and convolutions, e.g. `recurrent` and `convolution`."""
 
+    can_pin = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pinned = False
+
+    def pin(self) -> None:
+        """From now on every update writes into the tensors that are there, until `reset` or a change of the rows."""
+        self._pinned = True
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        self._pinned = False
+
+    def repeat_interleave(self, repeats: int) -> None:
+        super().repeat_interleave(repeats)
+        self._pinned = False
+
+    def reset(self) -> None:
+        super().reset()
+        self._pinned = False
+
     def get(self, name: str) -> Tensor | None:
         """The state stored under `name`, or None before the first update."""
         return self.tensors.get(name)
@@ -61,7 +85,9 @@ class StateCache(LayerCache):
         A state that is a view of a larger tensor is copied, so that the cache never holds a whole prompt alive.
         """
         for name, x in states.items():
-            if x is not None:
+            if x is not None and self._pinned:
+                self.tensors[name].copy_(x)
+            elif x is not None:
                 view = x.untyped_storage().nbytes() != x.numel() * x.element_size()
                 self.tensors[name] = x.detach().clone() if view else x.detach()
 

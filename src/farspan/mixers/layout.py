@@ -56,7 +56,9 @@ class SequenceLayout:
 
         def compute() -> tuple[Tensor, Tensor]:
             length = self.planned_length() if parameters.get("rope_type") == "dynamic" else 0
-            frequencies, scaling = rope_frequencies(rotary_dim, parameters, max_position_embeddings, length)
+            frequencies, scaling = _frequencies(
+                rotary_dim, parameters, max_position_embeddings, length, self.positions.device
+            )
             return rotary_table(self.positions, frequencies, scaling)
 
         return self.once(("rotary", rotary_dim, max_position_embeddings, tuple(sorted(parameters.items()))), compute)
@@ -100,3 +102,22 @@ class SequenceLayout:
         mask = self.padding_mask
         assert mask is not None
         return self.once("real tokens", lambda: mask.flatten().nonzero().squeeze(-1))
+
+
+def _frequencies(
+    rotary_dim: int, parameters: Mapping[str, Any], max_position_embeddings: int, length: int, device: torch.device
+) -> tuple[Tensor, float]:
+    """`rope_frequencies` on a device, kept from call to call: a step that is captured may not copy from the host."""
+    if torch.compiler.is_compiling():
+        return rope_frequencies(rotary_dim, parameters, max_position_embeddings, length)
+    key = (rotary_dim, tuple(sorted(parameters.items())), max_position_embeddings, length, device)
+    if key not in _kept:
+        frequencies, scaling = rope_frequencies(rotary_dim, parameters, max_position_embeddings, length)
+        if len(_kept) >= _KEPT_AT_MOST:
+            _kept.clear()
+        _kept[key] = frequencies.to(device), scaling
+    return _kept[key]
+
+
+_kept: dict[Hashable, tuple[Tensor, float]] = {}
+_KEPT_AT_MOST = 64

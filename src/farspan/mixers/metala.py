@@ -14,6 +14,7 @@ from farspan.mixers.cache import LayerCache, StateCache
 from farspan.mixers.layout import SequenceLayout
 from farspan.ops.bidirectional import both_ways
 from farspan.ops.metala.api import metala_attention
+from farspan.ops.metala.step import metala_step
 from farspan.ops.short_convolution.api import short_convolution
 
 
@@ -115,6 +116,10 @@ class MetaLAMixer(StateMixer):
         sequence_parallel: Any = None,
     ) -> Tensor:
         assert cache is None or isinstance(cache, StateCache)
+        if cache is not None and x.shape[1] == 1 and layout.padding_mask is None and not torch.is_grad_enabled():
+            state = cache.get("recurrent")
+            if state is not None and not torch.compiler.is_compiling():
+                return self._step(x, cache, state)
         x, boundaries = layout.pack(x), layout.sequences()
         convolve = functools.partial(self._convolve, boundaries=boundaries, cache=cache)
         attend = functools.partial(self._attend, boundaries=boundaries, cache=cache)
@@ -129,6 +134,25 @@ class MetaLAMixer(StateMixer):
             None if self.k_proj is None else self.k_proj(x).unflatten(-1, (self.heads, self.head_key)),
         )
         return layout.unpack(self.o_proj(nn.functional.silu(self.gate_proj(x)) * out.flatten(2)))
+
+    def _step(self, x: Tensor, cache: StateCache, state: Tensor) -> Tensor:
+        """One token per row: the same formulas, the state updated in place."""
+        if self.convolution is not None:
+            x = self._convolve(x, boundaries=None, cache=cache)
+        out = metala_step(
+            self.q_proj(x).unflatten(-1, (self.heads, self.head_key)),
+            self.decay_proj(x).unflatten(-1, (self.heads, self.head_key)),
+            self.v_proj(x).unflatten(-1, (self.heads, self.head_value)),
+            self.augmentation,
+            state,
+            key=None if self.k_proj is None else self.k_proj(x).unflatten(-1, (self.heads, self.head_key)),
+            output_gate=self.gate_proj(x).unflatten(-1, (self.heads, self.head_value)),
+            scale=self.options.scale,
+            decay_normalizer=self.options.decay_normalizer,
+            augmentation_inside=self.options.augmentation_inside,
+            norm_eps=self.options.norm_eps,
+        )
+        return self.o_proj(out.flatten(2))
 
     def _convolve(self, x: Tensor, *, boundaries: Tensor | None, cache: StateCache | None) -> Tensor:
         assert self.convolution is not None

@@ -1,0 +1,152 @@
+"""Decoding at the speed of the card: one token after another, the whole step captured in a CUDA graph.
+
+A step of a small model is a few hundred short kernels, and launching them takes longer than running them. Where every
+layer's memory has a constant size, the step is captured once and replayed: model, choice of the token and the counting
+of positions included. Elsewhere, and on the CPU, the same loop runs step by step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from farspan.models.cache import FarspanCache
+from farspan.models.causal_lm import FarspanForCausalLM
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the next token is chosen from logits, without asking the device for a value.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: only so many of the likeliest tokens; 0 is all.
+        top_p: only the likeliest tokens that together have this probability; 1 is all.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """`[B, V]` logits → `[B]` token ids, drawn with the device's default generator."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        probabilities = self.probabilities(logits)
+        # argmax of p_i / E_i with E_i exponential draws from p: the exponential race, which needs no host.
+        return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """`[B, V]` float32: what a token is drawn from."""
+        logits = logits.float() / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            least = logits.topk(self.top_k, dim=-1).values[..., -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        probabilities = logits.softmax(-1)
+        if self.top_p < 1:
+            ordered, places = probabilities.sort(dim=-1, descending=True)
+            above = ordered.cumsum(-1) - ordered  # what the likelier tokens have together
+            kept = ordered.masked_fill(above >= self.top_p, 0.0)
+            probabilities = torch.zeros_like(probabilities).scatter(-1, places, kept)
+            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+        return probabilities
+
+
+def capture_reason(model: FarspanForCausalLM) -> str | None:
+    """Why a decoding step of this model cannot be captured in a CUDA graph, or None if it can."""
+    layers = zip(model.config.mixers, model.new_cache().layers, strict=True)
+    growing = sorted({name for name, layer in layers if not layer.can_pin})
+    if growing:
+        return f"the memory of {', '.join(growing)} does not stay in one place"
+    if model.device.type != "cuda":
+        return f"the model is on {model.device.type}; CUDA graphs need an NVIDIA GPU"
+    return None
+
+
+def decode(
+    model: FarspanForCausalLM,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    choice: Choice | None = None,
+    max_new_tokens: int = 256,
+    capture: bool | None = None,
+) -> Iterator[Tensor]:
+    """Continues prompts token by token; stop when you have enough.
+
+    Args:
+        model: a language model in evaluation mode.
+        input_ids: `[B, T]` int64, T ≥ 1.
+        attention_mask: `[B, T]`, 1 for real tokens; the last token of every row must be real.
+        choice: how tokens are chosen; None takes the likeliest.
+        max_new_tokens: number of tokens to yield.
+        capture: whether to replay a captured CUDA graph; None where it is possible.
+
+    Yields:
+        `[B]` int64, the next token of every row. On a GPU the tensor is new each time and may be read later: the step
+        after it is then already running.
+
+    Example:
+        >>> import torch
+        >>> from farspan import FarspanConfig, FarspanForCausalLM
+        >>> config = FarspanConfig(vocab_size=64, hidden_size=32, num_attention_heads=2, mixers=["metala"])
+        >>> model = FarspanForCausalLM(config).eval()
+        >>> len(list(decode(model, torch.tensor([[1, 2, 3]]), max_new_tokens=5)))
+        5
+    """
+    choice = choice or Choice()
+    if capture is None:
+        capture = capture_reason(model) is None
+    cache = model.new_cache(input_ids.shape[1] + max_new_tokens)
+    with torch.no_grad():
+        logits = model(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1).logits
+        token = choice(logits[:, -1])
+    yield token
+    if max_new_tokens > 1:
+        steps = _Step(model, cache, token, choice)
+        if capture:
+            yield from steps.captured(max_new_tokens - 1)
+        else:
+            yield from (steps.run() for _ in range(max_new_tokens - 1))
+
+
+class _Step:
+    """One decoding step on tensors that stay where they are."""
+
+    def __init__(self, model: FarspanForCausalLM, cache: FarspanCache, token: Tensor, choice: Choice) -> None:
+        self.model, self.cache, self.choice = model, cache, choice
+        assert cache.next_positions is not None
+        self.token = token.clone()
+        self.positions = cache.next_positions.to(token.device).clone().unsqueeze(-1)
+
+    def _advance(self) -> None:
+        inputs = self.token.unsqueeze(-1)
+        logits = self.model(inputs, position_ids=self.positions, past_key_values=self.cache).logits
+        self.token.copy_(self.choice(logits[:, -1]))
+        self.positions.add_(1)
+
+    def run(self) -> Tensor:
+        """The next token of every row."""
+        with torch.no_grad():
+            self._advance()
+        return self.token.clone()
+
+    def captured(self, count: int) -> Iterator[Tensor]:
+        """`count` next tokens; the first step runs as it is, which compiles and allocates what the graph will use."""
+        for layer in self.cache.layers:
+            layer.pin()
+        stream = torch.cuda.Stream(self.token.device)
+        stream.wait_stream(torch.cuda.current_stream(self.token.device))
+        with torch.cuda.stream(stream):
+            first = self.run()
+        torch.cuda.current_stream(self.token.device).wait_stream(stream)
+        yield first
+        if count == 1:
+            return
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), torch.no_grad():
+            self._advance()
+        for _ in range(count - 1):
+            graph.replay()
+            yield self.token.clone()

@@ -1,0 +1,67 @@
+"""The launch of MetaLA's decoding step."""
+
+import torch
+import triton
+from torch import Tensor
+
+from farspan.ops.metala.step_kernels import step_kernel
+
+
+def metala_step_triton(
+    q: Tensor,
+    gate_logits: Tensor,
+    v: Tensor,
+    augmentation: Tensor | None,
+    state: Tensor,
+    *,
+    key: Tensor | None,
+    output_gate: Tensor | None,
+    scale: float,
+    decay_normalizer: float,
+    augmentation_inside: bool,
+    normalize: bool,
+    norm_eps: float,
+) -> Tensor:
+    """The kernel's form of `metala_step`; arguments as there."""
+    rows, _, heads, width = q.shape
+    values = v.shape[-1]
+    q, gate_logits, v = (_dense_rows(x) for x in (q, gate_logits, v))
+    key, output_gate = (x if x is None else _dense_rows(x) for x in (key, output_gate))
+    out = torch.empty((rows, 1, heads, values), dtype=v.dtype, device=v.device)
+    some = out  # stands for what is not there; never read
+    block_k, block_v = triton.next_power_of_2(width), triton.next_power_of_2(values)
+    step_kernel[(rows, heads)](
+        q,
+        gate_logits,
+        some if key is None else key,
+        v,
+        some if augmentation is None else augmentation.contiguous(),
+        some if output_gate is None else output_gate,
+        state,
+        out,
+        float(scale),
+        float(decay_normalizer),
+        float(norm_eps),
+        q.stride(0),
+        gate_logits.stride(0),
+        0 if key is None else key.stride(0),
+        v.stride(0),
+        0 if output_gate is None else output_gate.stride(0),
+        H=heads,
+        K=width,
+        V=values,
+        BK=block_k,
+        BV=block_v,
+        OWN_KEY=key is not None,
+        AUGMENT=augmentation is not None,
+        INSIDE=augmentation_inside,
+        NORMALIZE=normalize,
+        GATED=output_gate is not None,
+        num_warps=8 if block_k * block_v >= 4096 else 4,
+    )
+    return out
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """`[B, 1, H, C]` whose heads and channels lie side by side; a slice of a fused projection already does."""
+    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()

@@ -1,0 +1,91 @@
+"""The decoding loop gives what `model.generate` gives, and chooses as transformers' filters do."""
+
+import pytest
+import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from farspan.mixers.cache import StateCache
+from farspan.models.decoding import Choice, capture_reason, decode
+from tests.models.conftest import tiny
+
+
+def prompt(rows: int = 2, length: int = 9) -> torch.Tensor:
+    return torch.randint(1, 61, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def test_greedy_equals_generate(mix: str) -> None:
+    model, ids = tiny(mix), prompt()
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    ours = torch.stack(list(decode(model, ids, attention_mask=mask, max_new_tokens=12)), dim=1)
+    theirs = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    assert ours.tolist() == theirs[:, 9:].tolist()
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 7, 100])
+@pytest.mark.parametrize("top_p", [0.05, 0.6, 0.95, 1.0])
+def test_probabilities_are_those_of_the_filters_of_transformers(top_k: int, top_p: float) -> None:
+    logits = 3 * torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
+    scores = logits / 0.7
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    got = Choice(0.7, top_k, top_p).probabilities(logits)
+    torch.testing.assert_close(got, scores.softmax(-1))
+
+
+def test_tokens_are_drawn_with_their_probabilities() -> None:
+    torch.manual_seed(0)
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    drawn = Choice(1.0)(logits.expand(40_000, -1))
+    shares = torch.bincount(drawn, minlength=4) / 40_000
+    torch.testing.assert_close(shares, logits.softmax(-1)[0], atol=0.01, rtol=0)
+    assert (Choice(1.0, top_k=2)(logits.expand(2000, -1)) > 0).all()
+
+
+def test_sampling_is_seeded() -> None:
+    model, ids = tiny("metala"), prompt()
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(torch.stack(list(decode(model, ids, choice=Choice(1.0), max_new_tokens=12))).tolist())
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_one_token_needs_no_step() -> None:
+    assert len(list(decode(tiny("softmax"), prompt(), max_new_tokens=1))) == 1
+
+
+def test_why_a_step_is_not_captured() -> None:
+    assert "CUDA graphs need" in capture_reason(tiny("metala"))
+    assert "memory of softmax does not" in capture_reason(tiny("hybrid"))
+
+
+def test_pinned_states_stay_where_they_are() -> None:
+    cache = StateCache()
+    cache.update(recurrent=torch.zeros(2, 3))
+    cache.pin()
+    place = cache.get("recurrent")
+    cache.update(recurrent=torch.ones(2, 3))
+    assert cache.get("recurrent") is place
+    assert place.eq(1).all()
+    cache.select(torch.tensor([0]))
+    cache.update(recurrent=torch.zeros(1, 3))
+    assert place.eq(1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mix", ["metala", "cosine", "cosine_gpt", "ssd", "hybrid_state"])
+@pytest.mark.parametrize("choice", [Choice(), Choice(0.9, 20, 0.9)])
+def test_the_captured_loop_equals_the_eager_one(mix: str, choice: Choice) -> None:
+    fields = {"mixers": ["metala", "ssd", "cosine"]} if mix == "hybrid_state" else {}
+    model = tiny("metala" if mix == "hybrid_state" else mix, **fields).cuda()
+    ids = prompt().cuda()
+    assert capture_reason(model) is None
+    runs = []
+    for capture in (False, True):
+        torch.manual_seed(5)
+        steps = decode(model, ids, choice=choice, max_new_tokens=20, capture=capture)
+        runs.append(torch.stack(list(steps), dim=1).tolist())
+    assert runs[0] == runs[1]
