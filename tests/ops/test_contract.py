@@ -76,6 +76,7 @@ def test_availability_names_a_reason_for_every_missing_backend() -> None:
 
 def test_kernels_are_chosen_only_where_they_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "_implementations", {})
+    monkeypatch.setattr(_backend, "_kernels", {})
     monkeypatch.setattr(_backend, "_limits", {})
     _backend.register("op", reference=min, torch=max, triton="builtins:sum", triton_limits=lambda tensors: "too wide")
     assert _backend.resolve("op", "auto", [Q]) is max

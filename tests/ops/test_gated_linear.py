@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from farspan.ops import gated_linear_attention, gated_linear_attention_step, varlen
 from farspan.ops.gated_linear import torch as chunked
+from farspan.ops.gated_linear import walk
 from tests import tolerances
 from tests.ops.checks import Named, assert_close, assert_same, boundaries, cast, outputs_and_gradients
 
@@ -94,7 +95,7 @@ def test_chunk_length_does_not_matter(chunk: int, monkeypatch: pytest.MonkeyPatc
 def test_segment_length_does_not_matter(numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = make(5 * C + 3, "channel")
     want = outputs_and_gradients(attend("torch"), x)
-    monkeypatch.setitem(chunked.SEGMENT, False, numbers)
+    monkeypatch.setitem(walk.SEGMENT, False, numbers)
     assert_same(outputs_and_gradients(attend("torch"), x), want, tolerances.FLOAT64)
 
 
@@ -142,7 +143,7 @@ def test_gradients_equal_finite_differences(backend: str, decay: str, length: in
 
 
 def test_split_blocks_have_right_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(chunked.HALF_RANGE, torch.float64, 1.0)  # so that a short chunk is split to single rows
+    monkeypatch.setitem(walk.HALF_RANGE, torch.float64, 1.0)  # so that a short chunk is split to single rows
     x = make(8, "head", batch=1, heads=1, width=3, value_width=2)
     x["log_decay"] = x["log_decay"].unsqueeze(-1).repeat(1, 1, 1, 3) * torch.tensor(
         [1.0, 2.0, 0.1], dtype=torch.float64

@@ -7,6 +7,7 @@ the tensors alone: no environment variable, no query at import time, no silent f
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +21,24 @@ Limits = Callable[[Sequence[Tensor]], str | None]
 BACKENDS = ("auto", "reference", "torch", "triton")
 OLDEST_CAPABILITY = (8, 0)
 
-_implementations: dict[str, dict[str, Implementation | str]] = {}
+
+@dataclass
+class _Kernels:
+    """Where an operator's kernels are, and their function once it has been asked for."""
+
+    place: str
+    function: Implementation | None = None
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+_kernels: dict[str, _Kernels] = {}
 _limits: dict[str, Limits] = {}
+
+
+def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets torch.compile ask once; `torch.compiler.assume_constant_result` would import the compiler, and triton."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def register(
@@ -43,7 +60,7 @@ def register(
     """
     _implementations[op] = {"reference": reference, "torch": torch}
     if triton is not None:
-        _implementations[op]["triton"] = triton
+        _kernels[op] = _Kernels(triton)
     if triton_limits is not None:
         _limits[op] = triton_limits
 
@@ -75,7 +92,12 @@ def resolve(op: str, backend: str, tensors: Sequence[Tensor | None]) -> Implemen
         reason = triton_reason(op, given)
         if reason is not None:
             raise BackendUnavailable(f"{op}: backend='triton' cannot serve here: {reason}; use backend='torch'.")
-    return _load(_implementations[op][backend])
+    if backend != "triton":
+        return _implementations[op][backend]
+    _load(op)
+    function = _kernels[op].function
+    assert function is not None  # loaded above
+    return function
 
 
 def availability() -> dict[str, dict[str, str | None]]:
@@ -85,23 +107,31 @@ def availability() -> dict[str, dict[str, str | None]]:
 
 def triton_reason(op: str, tensors: Sequence[Tensor] = ()) -> str | None:
     """Why the kernels of an operator cannot serve on this machine, or these tensors; None if they can."""
-    if "triton" not in _implementations[op]:
+    if op not in _kernels:
         return "this operator has no kernels"
+    if tensors and not tensors[0].is_cuda:
+        return f"the tensors are on {tensors[0].device}"
+    reason = _machine_reason(tensors[0].get_device() if tensors else None)
+    if reason is not None:
+        return reason
+    return _limits[op](tensors) if tensors and op in _limits else None
+
+
+@_constant
+def _machine_reason(device: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'farspan[gpu]')"
     if not torch.cuda.is_available():
         return "no CUDA device is available"
-    if tensors and not tensors[0].is_cuda:
-        return f"the tensors are on {tensors[0].device}"
-    capability = torch.cuda.get_device_capability(tensors[0].device if tensors else None)
+    capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         return f"the device has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
-    return _limits[op](tensors) if tensors and op in _limits else None
+    return None
 
 
-def _load(implementation: Implementation | str) -> Implementation:
-    if isinstance(implementation, str):
-        module, _, function = implementation.partition(":")
-        loaded: Implementation = getattr(importlib.import_module(module), function)
-        return loaded
-    return implementation
+@_constant
+def _load(op: str) -> None:
+    kernels = _kernels[op]
+    if kernels.function is None:
+        module, _, function = kernels.place.partition(":")
+        kernels.function = getattr(importlib.import_module(module), function)

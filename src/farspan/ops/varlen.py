@@ -18,7 +18,7 @@ _remembered: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, length: int, *, name: str = "cu_seqlens") -> None:
-    """Checks the boundaries of packed documents.
+    """Checks the boundaries of packed documents; under torch.compile without their values, which are not known there.
 
     Args:
         cu_seqlens: `[num_seqs + 1]` int32.
@@ -34,6 +34,8 @@ def check_cu_seqlens(cu_seqlens: Tensor, length: int, *, name: str = "cu_seqlens
         raise ShapeError(
             f"{name} is {cu_seqlens.dtype} of shape {list(cu_seqlens.shape)}; expected int32 [num_seqs + 1]."
         )
+    if torch.compiler.is_compiling():
+        return
     bounds = boundaries(cu_seqlens)
     if bounds[0] != 0 or bounds[-1] != length:
         raise ShapeError(f"{name} runs from {bounds[0]} to {bounds[-1]}; it must start at 0 and end at N={length}.")
@@ -115,11 +117,11 @@ def position_ids(cu_seqlens: Tensor) -> Tensor:
     return torch.arange(total, device=cu_seqlens.device) - starts.repeat_interleave(lengths, output_size=total)
 
 
-def sequence_ids(cu_seqlens: Tensor) -> Tensor:
-    """For every packed token the index of its sequence, `[N]` int64."""
-    lengths = cu_seqlens[1:].long() - cu_seqlens[:-1].long()
-    index = torch.arange(lengths.numel(), device=cu_seqlens.device)
-    return index.repeat_interleave(lengths, output_size=boundaries(cu_seqlens)[-1])
+def sequence_ids(cu_seqlens: Tensor, length: int | None = None) -> Tensor:
+    """For every packed token the index of its sequence, `[N]` int64; with N given, no value is read."""
+    length = boundaries(cu_seqlens)[-1] if length is None else length
+    places = torch.arange(length, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:], places, right=True)
 
 
 def chunk_indices(cu_seqlens: Tensor, chunk: int) -> Tensor:
@@ -224,8 +226,8 @@ def reverse(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
 
     def build() -> Tensor:
         first_and_last = (cu_seqlens[:-1] + cu_seqlens[1:]).long() - 1
-        places = torch.arange(boundaries(cu_seqlens)[-1], device=cu_seqlens.device)
-        return first_and_last[sequence_ids(cu_seqlens)] - places
+        places = torch.arange(x.shape[1], device=cu_seqlens.device)
+        return first_and_last[sequence_ids(cu_seqlens, x.shape[1])] - places
 
     return x.index_select(1, remember(cu_seqlens, "reversed", build))
 
@@ -235,6 +237,8 @@ def remember(cu_seqlens: Tensor, what: Hashable, build: Callable[[], Any]) -> An
 
     All layers of a model see the same tensor, so the device is read, and each index built, once per batch.
     """
+    if torch.compiler.is_compiling():  # the compiler sees one graph, in which equal subgraphs are one
+        return build()
     version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
     known = _remembered.setdefault(cu_seqlens, {})
     if (what, version) not in known:

@@ -53,7 +53,7 @@ def count_tokens(
     if cu_seqlens is None:
         count = running if causal else running[:, -1:].expand_as(running)
         return count if initial_count is None else count + initial_count.unsqueeze(1)
-    sequence = varlen.sequence_ids(cu_seqlens)
+    sequence = varlen.sequence_ids(cu_seqlens, like.shape[1])
     before = F.pad(running[0], (1, 0))[cu_seqlens.long()]
     count = running - before[sequence] if causal else before.diff()[sequence].unsqueeze(0)
     return count if initial_count is None else count + initial_count[sequence]

@@ -15,7 +15,7 @@ def cosine_attention_chunked(
     q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor | None, call: Call
 ) -> tuple[Tensor, Tensor | None]:
     """The fast form of `cosine_attention`; arguments and results as the reference's."""
-    one_token = q.shape[1] == 1 and call.cu_seqlens is None
+    one_token = call.cu_seqlens is None and q.shape[1] == 1
     mix = gated_linear_attention_recurrent if one_token else gated_linear_attention_chunked
     return attend(mix, q, k, v, initial_state, call)
 

@@ -100,7 +100,7 @@ def gated_linear_attention(
     contract.bind("num_seqs", contract.packed(cu_seqlens), "cu_seqlens" if cu_seqlens is not None else "q's B")
     contract.tensor("initial_state", initial_state, "num_seqs H K V")
     implementation = resolve("gated_linear_attention", backend, (q, k, v, log_decay, initial_state))
-    if backend == "auto" and q.shape[1] == 1 and cu_seqlens is None:
+    if backend == "auto" and cu_seqlens is None and q.shape[1] == 1:
         implementation = gated_linear_attention_recurrent
     with without_autocast(q):
         out, state = implementation(

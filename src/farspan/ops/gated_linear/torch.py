@@ -1,33 +1,16 @@
-"""Gated linear attention in PyTorch operations: chunks for whole sequences, one update for one token.
+"""Gated linear attention in PyTorch operations: chunks for whole sequences, one update for one token."""
 
-Notation: a sequence is cut into chunks of C rows and laid out as `[N, M, C, K]`, with N chunks in time order
-and M = B · H independent streams. `G` is the inclusive cumulative sum of the log decay inside a chunk. Whatever needs
-`exp(G_t - G_s)` splits it as `exp(G_t - r) exp(r - G_s)` about a reference r:
-
-- between chunks r is the chunk's edge, and both exponents are <= 0;
-- inside a block r is the centre of the block's range, and both exponents are at most half of it;
-- where half of the range of a chunk exceeds `HALF_RANGE`, the chunk is halved, and halved again, until it fits: rows of
-  a second half meet columns of the first half about the last row between them, and both exponents are <= 0.
-"""
-
-import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from farspan.ops import varlen
 from farspan.ops._contract import compute_dtype, plain_backward
+from farspan.ops._library import register_node
 from farspan.ops.gated_linear.reference import recurrent_update
+from farspan.ops.gated_linear.walk import Cut, Walk, times
 
 CHUNK = 32
-# Largest exponent of the centred factorisation: exp(60) times a key still fits float32, exp(500) float64.
-HALF_RANGE = {torch.float32: 60.0, torch.float64: 500.0}
-# exp of this is 0 in every dtype; keeps sums finite when a decay is exactly 0 (log decay -inf).
-LOG_ZERO = -1e4
-# Numbers of q and v that are worked on at once: on a CPU what the caches hold, on a GPU what keeps it busy.
-SEGMENT = {False: 1 << 18, True: 1 << 27}
 
 
 def gated_linear_attention_recurrent(
@@ -65,44 +48,12 @@ def gated_linear_attention_chunked(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The form for whole sequences, in chunks; arguments and results as the reference's."""
-    dtype = compute_dtype(q, k, v, log_decay)
-    batch, length, heads, width = q.shape
-    sequences = batch if cu_seqlens is None else cu_seqlens.numel() - 1
-    state = q.new_zeros(sequences, heads, width, v.shape[-1], dtype=dtype)
-    if initial_state is not None:
-        state = state + initial_state
-    if v.numel() == 0 or q.numel() == 0:
-        return torch.zeros_like(v), state
-    if log_decay is not None and log_decay.dim() == 3:
-        log_decay = log_decay.unsqueeze(-1)
-    chunk = min(CHUNK, 1 << (length - 1).bit_length())
-    if cu_seqlens is None:
-        rows, places = -(-length // chunk) * chunk, None
-        spans = [(0, rows // chunk)]
-        state = state.flatten(0, 1).unsqueeze(0)
-    else:
-        rows, places = varlen.aligned_length(cu_seqlens, chunk), varlen.aligned_positions(cu_seqlens, chunk)
-        edges = [0, *itertools.accumulate(-(-(end - start) // chunk) for start, end in varlen.spans(cu_seqlens))]
-        spans = list(itertools.pairwise(edges))
-    padded = [None if x is None else _pad(x, rows, places) for x in (q, k, v, log_decay)]
-    out, final = _Chunked.apply(*padded, state, spans, chunk, scale)
-    out = out[:, :length] if places is None else out.index_select(1, places)
-    return out, final.reshape(sequences, heads, width, v.shape[-1])
-
-
-def _pad(x: Tensor, rows: int, places: Tensor | None) -> Tensor:
-    """Pads every sequence to whole chunks with zeros: such a row has decay 1, writes nothing and is not read."""
-    if places is not None:
-        return x.new_zeros(1, rows, *x.shape[2:]).index_copy(1, places, x)
-    return x if rows == x.shape[1] else F.pad(x, (0, 0, 0, 0, 0, rows - x.shape[1]))
+    out, final = _Chunked.apply(q, k, v, log_decay, initial_state, cu_seqlens, scale)
+    return out, final
 
 
 class _Chunked(torch.autograd.Function):
-    """The chunked recurrence and its gradient, on `[B, N·C, H, ·]` tensors of any floating dtypes.
-
-    Both directions walk segments of chunks that fit the cache, so that the time per token does not grow with T. Only a
-    segment is ever laid out as `[G, C, ·]` in the dtype of the accumulation.
-    """
+    """Two nodes: the chunked recurrence, and its gradient from the states that entered the chunks."""
 
     @staticmethod
     def forward(
@@ -111,260 +62,176 @@ class _Chunked(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         log_decay: Tensor | None,
-        initial: Tensor,
-        spans: list[tuple[int, int]],
-        chunk: int,
+        initial: Tensor | None,
+        cu_seqlens: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        walk = _Walk(q, k, v, log_decay, initial.dtype, spans, chunk, scale)
-        out, final = torch.empty_like(v, memory_format=torch.contiguous_format), initial.clone()
-        entering = initial.new_empty(walk.chunks, *initial.shape[1:])
-        state = initial[:0]
-        for part in walk.parts:
-            queries, keys, values, decays = walk.load(part)
-            written = torch.bmm(_times(keys, decays.to_end).mT, values)
-            order = range(part.start, part.stop)
-            state = walk.scan(order, written, decays.whole, entering[part], state, initial, final)
-            result = torch.bmm(_times(queries, decays.from_start), entering[part].flatten(0, 1))
-            for block in decays.blocks:
-                block.rows(result).baddbmm_(block.scores(queries, keys), block.columns(values))
-            walk.store(result, out, part)
-        ctx.save_for_backward(q, k, v, log_decay, entering)
-        ctx.call = spans, chunk, scale
+        out, final, entering = chunked_node(q, k, v, log_decay, initial, cu_seqlens, scale)
+        ctx.save_for_backward(q, k, v, log_decay, initial, cu_seqlens, entering)
+        ctx.scale = scale
         return out, final
 
     @staticmethod
     @plain_backward
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, log_decay, entering = ctx.saved_tensors
-        d_out, d_final = gradients
-        walk = _Walk(q, k, v, log_decay, entering.dtype, *ctx.call)
-        dq, dk, dv, d_initial = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_final.clone()
-        d_decay = None if log_decay is None else torch.empty_like(log_decay)
-        d_state = d_final[:0]
-        for part in reversed(walk.parts):
-            queries, keys, values, decays = walk.load(part)
-            given, starting = walk.view(d_out, part), entering[part].flatten(0, 1)
-            read = torch.bmm(_times(queries, decays.from_start).mT, given)
-            d_ending = torch.empty_like(entering[part])
-            order = range(part.stop - 1, part.start - 1, -1)
-            d_state = walk.scan(order, read, decays.whole, d_ending, d_state, d_final, d_initial)
-            d_ending = d_ending.flatten(0, 1)
-            d_queries = _times(torch.bmm(given, starting.mT), decays.from_start)
-            d_keys = _times(torch.bmm(values, d_ending.mT), decays.to_end)
-            d_values = torch.bmm(_times(keys, decays.to_end), d_ending)
-            if decays.whole is not None:  # rowsum(S_end * dS_end): what the chunk wrote, and what it kept
-                kept = decays.whole.mT * (starting * d_ending).sum(-1).unsqueeze(-2)
-                at_end = (keys * d_keys).sum(-2, keepdim=True) + kept
-            for block in decays.blocks:
-                block.columns(d_values).baddbmm_(block.scores(queries, keys).mT, block.rows(given))
-                d_scores = block.select(torch.bmm(block.rows(given), block.columns(values).mT))
-                block.rows(d_queries).add_(_times(torch.bmm(d_scores, block.keys(keys)), block.query_factor))
-                block.columns(d_keys).add_(_times(torch.bmm(d_scores.mT, block.queries(queries)), block.key_factor))
-            if d_decay is not None:
-                local = queries * d_queries - keys * d_keys
-                if d_decay.shape[-1] == 1:
-                    local, at_end = local.sum(-1, keepdim=True), at_end.sum(-1, keepdim=True)
-                walk.store(local.flip(-2).cumsum(-2).flip(-2) + at_end, d_decay, part)
-            walk.store(d_queries.mul_(walk.scale), dq, part)
-            walk.store(d_keys, dk, part)
-            walk.store(d_values, dv, part)
-        return dq, dk, dv, d_decay, d_initial, None, None, None
+        q, k, v, log_decay, initial, cu_seqlens, entering = ctx.saved_tensors
+        dq, dk, dv, d_decay, d_initial = chunked_gradient_node(
+            *gradients, q, k, v, log_decay, cu_seqlens, entering, ctx.scale
+        )
+        return (
+            dq,
+            dk,
+            dv,
+            None if log_decay is None else d_decay,
+            None if initial is None else d_initial.to(initial.dtype),
+            None,
+            None,
+        )
 
 
-class _Walk:
-    """The segments of one call, and how they are cut out of `[B, N·C, H, D]` tensors and put back.
-
-    Attributes:
-        chunks: N.
-        parts: stretches of the chunk axis that are worked on at once.
-        opening: chunks that begin a span, with the span's index. Batch rows run side by side in M, so that a batch is
-            one span; packed documents follow each other. A span without chunks has neither opening nor closing.
-        closing: chunks that end a span, with the span's index.
-    """
-
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        dtype: torch.dtype,
-        spans: list[tuple[int, int]],
-        chunk: int,
-        scale: float,
-    ) -> None:
-        self.q, self.k, self.v, self.log_decay = q, k, v, log_decay
-        self.dtype, self.chunk, self.scale = dtype, chunk, scale
-        self.chunks = q.shape[1] // chunk
-        filled = [(index, start, end) for index, (start, end) in enumerate(spans) if end > start]
-        self.opening = {start: index for index, start, _ in filled}
-        self.closing = {end - 1: index for index, _, end in filled}
-        size = max(1, SEGMENT[q.is_cuda] * self.chunks // (q.numel() + v.numel()))
-        self.parts = [slice(start, min(start + size, self.chunks)) for start in range(0, self.chunks, size)]
-
-    def load(self, part: slice) -> tuple[Tensor, Tensor, Tensor, "_Decays"]:
-        """Scaled queries, keys, values and decays of a segment."""
-        queries, keys, values = (self.view(x, part) for x in (self.q, self.k, self.v))
-        log_decay = None if self.log_decay is None else self.view(self.log_decay, part)
-        return queries * self.scale, keys, values, _Decays(log_decay, queries)
-
-    def view(self, x: Tensor, part: slice) -> Tensor:
-        """A segment as `[G, C, D]` in the dtype of the accumulation."""
-        return self._chunked(x)[part].to(self.dtype).flatten(0, 2).contiguous()
-
-    def store(self, x: Tensor, into: Tensor, part: slice) -> None:
-        """Puts a segment `[G, C, D]` back into `[B, N·C, H, D]`."""
-        target = self._chunked(into)[part]
-        target.copy_(x.view(target.shape))
-
-    def scan(
-        self,
-        order: range,
-        added: Tensor,
-        whole: Tensor | None,
-        before: Tensor,
-        state: Tensor,
-        given: Tensor,
-        final: Tensor,
-    ) -> Tensor:
-        """Runs the states of a segment over its chunks, or their gradients back.
-
-        Args:
-            order: the chunks of the segment, rising or falling.
-            added: what each chunk adds, `[G, K, V]`.
-            whole: what each chunk keeps, `[G, K or 1, 1]`, or None for all.
-            before: receives the state in front of each chunk, `[n, M, K, V]`.
-            state: the state that the segment before left, `[M, K, V]`.
-            given: the state where a span begins, `[spans, M, K, V]`.
-            final: receives the state where a span ends, `[spans, M, K, V]`.
-
-        Returns:
-            The state after the last chunk of the order.
-        """
-        begins, ends = (self.opening, self.closing) if order.step > 0 else (self.closing, self.opening)
-        sources, targets = added.view(before.shape).unbind(0), before.unbind(0)
-        factors = None if whole is None else whole.unflatten(0, before.shape[:2]).unbind(0)
-        places = [index - min(order[0], order[-1]) for index in order]
-        if order[0] not in begins:
-            targets[places[0]].copy_(state)
-        for index, here, following in zip(order, places, [*places[1:], None], strict=True):
-            if index in begins:
-                state = targets[here].copy_(given[begins[index]])
-            out = None if following is None else targets[following]
-            if factors is None:
-                state = torch.add(sources[here], state, out=out)
-            else:
-                state = torch.addcmul(sources[here], factors[here], state, out=out)
-            if index in ends:
-                final[ends[index]] = state
-        return state
-
-    def _chunked(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (-1, self.chunk)).permute(1, 0, 3, 2, 4)
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Walks segments of chunks that fit the cache, so that the time per token does not grow with T."""
+    out, final, entering = _results(q, k, v, log_decay, initial, cu_seqlens, scale)
+    if initial is None:
+        final.zero_()
+    else:
+        final.copy_(initial)
+    if v.numel() == 0 or q.numel() == 0:
+        return out.zero_(), final, entering
+    cut = Cut.of(q, cu_seqlens, CHUNK)
+    last = final.view(cut.streams(final))
+    start = last.clone()
+    walk = Walk(cut, q, k, v, log_decay, final.dtype, scale)
+    into, state = walk.room(v), start[:0]
+    for part in walk.parts:
+        queries, keys, values, decays = walk.load(part)
+        written = torch.bmm(times(keys, decays.to_end).mT, values)
+        order = range(part.start, part.stop)
+        state = walk.scan(order, written, decays.whole, entering[part], state, start, last)
+        result = torch.bmm(times(queries, decays.from_start), entering[part].flatten(0, 1))
+        for block in decays.blocks:
+            block.rows(result).baddbmm_(block.scores(queries, keys), block.columns(values))
+        walk.store(result, into, part)
+    return cut.unpad(into, v), final, entering
 
 
-class _Block(NamedTuple):
-    """Rows that meet columns about one reference: blocks with themselves, or second halves with first halves.
-
-    Attributes:
-        size: rows of a block.
-        halves: False when a block meets itself (causally), True when second halves meet first halves (fully).
-        query_factor: `exp(G_t - r)`, or None for 1.
-        key_factor: `exp(r - G_s)`, or None for 1.
-        weight: `exp(G_t - G_s)` of a decay per head, or None for 1.
-    """
-
-    size: int
-    halves: bool = False
-    query_factor: Tensor | None = None
-    key_factor: Tensor | None = None
-    weight: Tensor | None = None
-
-    def rows(self, x: Tensor) -> Tensor:
-        """The part of `[G, C, D]` that asks, as a view `[G · C / size, size, D]` (half as many for halves)."""
-        return self._half(x, 1) if self.halves else x.view(-1, self.size, x.shape[-1])
-
-    def columns(self, x: Tensor) -> Tensor:
-        """The part of `[G, C, D]` that is asked, as a view of the same shape as `rows`."""
-        return self._half(x, 0) if self.halves else x.view(-1, self.size, x.shape[-1])
-
-    def queries(self, q: Tensor) -> Tensor:
-        return _times(self.rows(q), self.query_factor)
-
-    def keys(self, k: Tensor) -> Tensor:
-        return _times(self.columns(k), self.key_factor)
-
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        return self.select(torch.bmm(self.queries(q), self.keys(k).mT))
-
-    def select(self, scores: Tensor) -> Tensor:
-        """Keeps what the past may answer; entries above the diagonal can be infinite, so they are never multiplied."""
-        return _times(scores if self.halves else scores.tril_(), self.weight)
-
-    def _half(self, x: Tensor, which: int) -> Tensor:
-        return x.view(-1, 2, self.size, x.shape[-1])[:, which]
-
-
-class _Decays:
-    """Everything the recurrence needs of the log decay `[G, C, K]` or `[G, C, 1]`; None everywhere without decay.
-
-    Attributes:
-        from_start: `exp(G_t)`, what a state entering the chunk has lost when row t reads it.
-        to_end: `exp(G_C - G_t)`, what row t's contribution has lost at the end of the chunk.
-        whole: `exp(G_C)` as `[G, K, 1]`.
-        blocks: the blocks that together cover the causal triangle of a chunk.
-    """
-
-    def __init__(self, log_decay: Tensor | None, q: Tensor) -> None:
-        size, self.dtype = q.shape[-2], q.dtype
-        self.from_start: Tensor | None = None
-        self.to_end: Tensor | None = None
-        self.whole: Tensor | None = None
-        self.blocks = [_Block(size)]
-        if log_decay is None:
-            return
-        log_decay = log_decay.clamp(min=LOG_ZERO)
-        total = log_decay.cumsum(-2)
-        limit = HALF_RANGE[self.dtype]
-        moderate = _half_range(total, size) <= limit
-        if not moderate:  # differences of large sums: float64 keeps them exact
-            total = log_decay.cumsum(-2, dtype=torch.float64)
-        last = total[:, -1:]
-        self.whole = self._exp(last).mT
-        if moderate and total.shape[-1] > 1:
-            centre, up, down = self._centred(total, size)
-            self.from_start, self.to_end = up * self._exp(centre), down * self._exp(last - centre)
-            self.blocks = [_Block(size, False, up, down)]
-            return
-        self.from_start, self.to_end = self._exp(total), self._exp(last - total)
-        if total.shape[-1] == 1:
-            self.blocks = [_Block(size, weight=self._exp((total - total.mT).tril_()))]
-            return
-        self.blocks = []
-        while _half_range(total, size) > limit:
-            size //= 2
-            first, second = total.unflatten(1, (-1, 2, size)).flatten(0, 1).unbind(1)
-            between = first[:, -1:]
-            self.blocks.append(_Block(size, True, self._exp(second - between), self._exp(between - first)))
-        _, up, down = self._centred(total, size)
-        self.blocks.append(_Block(size, False, up, down))
-
-    def _centred(self, total: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The centre r of every block's range, `exp(G - r)` and `exp(r - G)`."""
-        rows = total.view(-1, size, total.shape[-1])
-        centre = (rows[:, :1] + rows[:, -1:]) / 2
-        up = self._exp(rows - centre)
-        return centre, up, up.reciprocal()
-
-    def _exp(self, exponent: Tensor) -> Tensor:
-        return exponent.to(self.dtype).exp()
+def _backward(
+    d_out: Tensor,
+    d_final: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    entering: Tensor,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """The same walk from the end: the gradient of the state that leaves each chunk, and all others from it."""
+    d_initial = d_final.clone(memory_format=torch.contiguous_format)
+    if v.numel() == 0 or q.numel() == 0:
+        empty = _gradients(d_out, d_final, q, k, v, log_decay, cu_seqlens, entering, scale)
+        return *(x.zero_() for x in empty[:4]), d_initial
+    cut = Cut.of(q, cu_seqlens, CHUNK)
+    d_first = d_initial.view(cut.streams(d_initial))
+    end = d_first.clone()
+    walk = Walk(cut, q, k, v, log_decay, entering.dtype, scale)
+    d_out = cut.pad(d_out)
+    dq, dk, dv = walk.room(q), walk.room(k), walk.room(v)
+    d_decay = None if walk.log_decay is None else torch.empty_like(walk.log_decay)
+    d_state = end[:0]
+    for part in reversed(walk.parts):
+        queries, keys, values, decays = walk.load(part)
+        given, starting = walk.view(d_out, part), entering[part].flatten(0, 1)
+        read = torch.bmm(times(queries, decays.from_start).mT, given)
+        d_ending = torch.empty_like(entering[part])
+        order = range(part.stop - 1, part.start - 1, -1)
+        d_state = walk.scan(order, read, decays.whole, d_ending, d_state, end, d_first)
+        d_ending = d_ending.flatten(0, 1)
+        d_queries = times(torch.bmm(given, starting.mT), decays.from_start)
+        d_keys = times(torch.bmm(values, d_ending.mT), decays.to_end)
+        d_values = torch.bmm(times(keys, decays.to_end), d_ending)
+        if decays.whole is not None:  # rowsum(S_end * dS_end): what the chunk wrote, and what it kept
+            kept = decays.whole.mT * (starting * d_ending).sum(-1).unsqueeze(-2)
+            at_end = (keys * d_keys).sum(-2, keepdim=True) + kept
+        for block in decays.blocks:
+            block.columns(d_values).baddbmm_(block.scores(queries, keys).mT, block.rows(given))
+            d_scores = block.select(torch.bmm(block.rows(given), block.columns(values).mT))
+            block.rows(d_queries).add_(times(torch.bmm(d_scores, block.keys(keys)), block.query_factor))
+            block.columns(d_keys).add_(times(torch.bmm(d_scores.mT, block.queries(queries)), block.key_factor))
+        if d_decay is not None:
+            local = queries * d_queries - keys * d_keys
+            if d_decay.shape[-1] == 1:
+                local, at_end = local.sum(-1, keepdim=True), at_end.sum(-1, keepdim=True)
+            walk.store(local.flip(-2).cumsum(-2).flip(-2) + at_end, d_decay, part)
+        walk.store(d_queries.mul_(walk.scale), dq, part)
+        walk.store(d_keys, dk, part)
+        walk.store(d_values, dv, part)
+    if log_decay is None or d_decay is None:
+        d_own = q.new_empty(0)
+    else:
+        d_own = cut.unpad(d_decay, log_decay)
+    return cut.unpad(dq, q), cut.unpad(dk, k), cut.unpad(dv, v), d_own, d_initial
 
 
-def _half_range(total: Tensor, size: int) -> float:
-    """Half of the largest fall of G inside a block of the given size."""
-    return float((total[:, ::size] - total[:, size - 1 :: size]).amax()) / 2
+def _results(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the outputs, the final state, and the state entering each of at most so many chunks."""
+    dtype = compute_dtype(q, k, v, log_decay)
+    if initial is not None:
+        dtype = torch.promote_types(dtype, initial.dtype)
+    batch, length, heads, width = q.shape
+    chunks, streams, sequences = -(-length // CHUNK), batch * heads, batch
+    if cu_seqlens is not None:
+        sequences = cu_seqlens.shape[0] - 1
+        chunks += sequences
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    final = q.new_empty(sequences, heads, width, v.shape[-1], dtype=dtype)
+    return out, final, q.new_empty(chunks, streams, width, v.shape[-1], dtype=dtype)
 
 
-def _times(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
+def _gradients(
+    d_out: Tensor,
+    d_final: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None,
+    entering: Tensor,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """Room for the gradients; that of the log decay is empty where there is none."""
+    like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, log_decay) if x is not None]
+    if log_decay is None:
+        like.append(q.new_empty(0))
+    return *like, torch.empty_like(d_final, memory_format=torch.contiguous_format)
+
+
+chunked_node = register_node(
+    "gated_linear_chunked(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial, Tensor? cu_seqlens, "
+    "float scale) -> (Tensor out, Tensor final, Tensor entering)",
+    _forward,
+    _results,
+)
+chunked_gradient_node = register_node(
+    "gated_linear_chunked_gradient(Tensor d_out, Tensor d_final, Tensor q, Tensor k, Tensor v, Tensor? log_decay, "
+    "Tensor? cu_seqlens, Tensor entering, float scale) -> (Tensor dq, Tensor dk, Tensor dv, Tensor d_decay, "
+    "Tensor d_initial)",
+    _backward,
+    _gradients,
+)

@@ -16,6 +16,6 @@ def metala_attention_chunked(
     Returns:
         `out` `[B, T, H, V]` in v's dtype, and the final state.
     """
-    one_token = q.shape[1] == 1 and options["cu_seqlens"] is None
+    one_token = options["cu_seqlens"] is None and q.shape[1] == 1
     mix = gated_linear_attention_recurrent if one_token else gated_linear_attention_chunked
     return metala_attention_reference(q, gate_logits, v, augmentation, recurrence=mix, **options)

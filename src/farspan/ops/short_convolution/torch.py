@@ -32,7 +32,7 @@ def short_convolution_shifted(
     if initial_state is None:
         initial_state = x.new_zeros(sequences, x.shape[2], width)
     initial_state = initial_state.to(x.dtype)
-    if x.shape[1] == 1 and cu_seqlens is None:
+    if cu_seqlens is None and x.shape[1] == 1:
         return _one_token(x, weight, bias, activation, initial_state)
     past = initial_state.transpose(1, 2)
     if cu_seqlens is None:

@@ -18,7 +18,7 @@ def _recurrence(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    one_token = q.shape[1] == 1 and cu_seqlens is None
+    one_token = cu_seqlens is None and q.shape[1] == 1
     mix = gated_linear_attention_recurrent if one_token else gated_linear_attention_chunked
     return mix(q, k, v, log_decay, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens)
 

@@ -1,0 +1,108 @@
+"""Under torch.compile every operator is traced as a whole, and gives what it gives without."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+
+from farspan.ops import (
+    cosine_attention,
+    gated_linear_attention,
+    metala_attention,
+    short_convolution,
+    state_space_duality,
+)
+from farspan.ops.gated_linear import torch as chunked
+from tests import tolerances
+from tests.ops.checks import assert_same, boundaries, outputs_and_gradients
+
+LENGTHS = [30, 0, 1, 39]
+CASES = {
+    "gated_linear_attention": (gated_linear_attention, ("q", "k", "v", "log_decay")),
+    "gated_linear_attention without decay": (gated_linear_attention, ("q", "k", "v")),
+    "metala_attention": (metala_attention, ("q", "gate_logits", "v", "augmentation")),
+    "cosine_attention": (cosine_attention, ("q", "k", "v", "exponent")),
+    "state_space_duality": (state_space_duality, ("x", "dt", "a", "b", "c", "d")),
+    "short_convolution": (short_convolution, ("x", "weight", "bias")),
+}
+# The convolution is a few shifted products, which the compiler fuses with what surrounds them.
+WITHOUT_NODES = {"short_convolution"}
+
+
+def make(op: Callable[..., Any], names: tuple[str, ...], batch: int, sequences: int) -> dict[str, Tensor]:
+    """Random arguments of an operator by name, and an initial state."""
+    length, heads, width, value_width = sum(LENGTHS), 2, 6, 5
+    shapes = {
+        **dict.fromkeys(("q", "k", "b", "c", "gate_logits", "log_decay"), (batch, length, heads, width)),
+        **dict.fromkeys(("v", "x"), (batch, length, heads, value_width)), "dt": (batch, length, heads),
+        **dict.fromkeys(("exponent", "a", "d"), (heads,)), "augmentation": (heads, width),
+        "weight": (value_width, 4), "bias": (value_width,), "initial_state": (sequences, heads, width, value_width),
+    }  # fmt: skip
+    if op is short_convolution:
+        shapes |= {"x": (batch, length, value_width), "initial_state": (sequences, value_width, 4)}
+    x = {name: torch.randn(shapes[name]) for name in (*names, "initial_state")}
+    return {name: -tensor.abs() if name in ("a", "log_decay") else tensor for name, tensor in x.items()}
+
+
+def compiled(call: Callable[..., Any]) -> tuple[Callable[..., Any], list[list[str]]]:
+    """The call compiled without graph breaks, and the names of this library's nodes in each graph made of it."""
+    seen: list[list[str]] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        nodes = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        seen.append([name for name in nodes if name.startswith("farspan")])
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    return torch.compile(call, fullgraph=True, backend=aot_autograd(fw_compiler=compiler)), seen
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_one_node_forward_and_one_backward(name: str, packed: bool) -> None:
+    op, names = CASES[name]
+    batch, sequences = (1, len(LENGTHS)) if packed else (2, 2)
+    x = make(op, names, batch, sequences)
+    options: dict[str, Any] = {"output_final_state": True, "cu_seqlens": boundaries(LENGTHS) if packed else None}
+    if op is cosine_attention:
+        options["initial_count"] = torch.arange(sequences)
+
+    def call(**tensors: Tensor) -> Any:
+        return op(**tensors, **options)
+
+    run, seen = compiled(call)
+    assert_same(outputs_and_gradients(run, x), outputs_and_gradients(call, x), tolerances.FLOAT32)
+    assert [len(nodes) for nodes in seen] == ([0, 0] if name in WITHOUT_NODES else [1, 1])
+
+
+def test_lengths_may_vary_without_new_graphs() -> None:
+    def call(**tensors: Tensor) -> Any:
+        return gated_linear_attention(**tensors, output_final_state=True)
+
+    run, seen = compiled(call)
+    for length in (70, 69, 50, 33):
+        x = {n: t if n == "initial_state" else t[:, :length] for n, t in make(call, NAMES, 2, 2).items()}
+        assert_same(outputs_and_gradients(run, x), outputs_and_gradients(call, x), tolerances.FLOAT32)
+    assert len(seen) <= 4  # forward and backward, once for 70 tokens and once for any number
+
+
+NAMES = CASES["gated_linear_attention"][1]
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_nodes_are_registered_as_pytorch_wants_them(decay: str, packed: bool) -> None:
+    x = make(gated_linear_attention, NAMES, 1 if packed else 2, len(LENGTHS) if packed else 2)
+    log_decay = {"none": None, "head": x["log_decay"][..., 0], "channel": x["log_decay"]}[decay]
+    cu_seqlens = boundaries(LENGTHS) if packed else None
+    arguments = (x["q"], x["k"], x["v"], log_decay, x["initial_state"], cu_seqlens, 0.5)
+    # What no chunk has entered is not written: it is compared as it is given to the gradient.
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(chunked.chunked_node, arguments, test_utils=utilities)
+    out, final, entering = chunked.chunked_node(*arguments)
+    given = (out, final, x["q"], x["k"], x["v"], log_decay, cu_seqlens, entering, 0.5)
+    torch.library.opcheck(chunked.chunked_gradient_node, given, test_utils=utilities)
