@@ -5,7 +5,7 @@ import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from farspan.mixers.cache import StateCache
-from farspan.models.decoding import Choice, capture_reason, decode
+from farspan.models.decoding import Choice, capture_reason, decode, on_host
 from tests.models.conftest import tiny
 
 
@@ -51,6 +51,12 @@ def test_sampling_is_seeded() -> None:
         torch.manual_seed(seed)
         runs.append(torch.stack(list(decode(model, ids, choice=Choice(1.0), max_new_tokens=12))).tolist())
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_tokens_reach_the_host_in_order() -> None:
+    model, ids = tiny("metala"), prompt()
+    tokens = [token.tolist() for token in decode(model, ids, max_new_tokens=6)]
+    assert list(on_host(decode(model, ids, max_new_tokens=6))) == tokens
 
 
 def test_one_token_needs_no_step() -> None:

@@ -100,6 +100,7 @@ def describe_model(directory: Path) -> dict[str, Any]:
     import torch
 
     from farspan.models import FarspanForCausalLM
+    from farspan.models.decoding import growing_memories
 
     config = load_config(directory)
     with torch.device("meta"):
@@ -120,6 +121,7 @@ def describe_model(directory: Path) -> dict[str, Any]:
         ],
         "parameters": count_parameters(model),
         "trained_length": trained,
+        "grows_while_decoding": growing_memories(model),
         "cache_bytes": {length: sum(mixer.state_bytes(length, dtype) for mixer in blocks) for length in lengths},
         "flops_per_token": {length: model.flops_per_token(length) for length in lengths},
         "trained_on": {
@@ -191,6 +193,12 @@ def _show_model(found: dict[str, Any]) -> None:
         rows["training"] = f"{trained_on['step']:,} steps, {trained_on['tokens']:,} tokens"
     if trained_on.get("bits_per_byte"):
         rows["bits per byte"] = f"{trained_on['bits_per_byte']:.4f} on the valid split"
+    growing = found["grows_while_decoding"]
+    rows["decoding"] = (
+        f"step by step (the memory of {', '.join(growing)} does not stay in one place)"
+        if growing
+        else "on a GPU one captured CUDA graph a token, on the CPU step by step"
+    )
     _rows(rows)
     table = _table("context length", "memory while decoding", "forward FLOP per token")
     for length, size in found["cache_bytes"].items():

@@ -86,6 +86,9 @@ def sample_text(
 ) -> Sample:
     """Continues a prompt; the same seed gives the same text on the same machine.
 
+    On a GPU, models whose memory has a constant size decode in a captured loop (`farspan.models.decoding`), others by
+    `generate` of transformers.
+
     Args:
         model: the language model.
         tokenizer: its tokenizer.
@@ -102,6 +105,8 @@ def sample_text(
         DataError: when the prompt is longer than allowed, or has tokens the model does not know.
     """
     from transformers import GenerationConfig
+
+    from farspan.models.decoding import Choice, capture_reason, decode, on_host
 
     sampling = sampling or Sampling()
     end = end_of_document_id(tokenizer)
@@ -132,12 +137,19 @@ def sample_text(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         inputs = torch.tensor([tokens], device=device)
-        model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            generation_config=config,
-            stopping_criteria=_reading(stream),
-        )
+        if sampling.cache and capture_reason(model) is None:
+            choice = Choice(sampling.temperature, sampling.top_k, sampling.top_p)
+            for (token,) in on_host(decode(model, inputs, choice=choice, max_new_tokens=sampling.max_new_tokens)):
+                stream.push(token)
+                if stream.complete:
+                    break
+        else:
+            model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                generation_config=config,
+                stopping_criteria=_reading(stream),
+            )
     stream.end()
     seconds = time.perf_counter() - started
     return Sample(prompt, seed, stream.text, stream.complete, stream.tokens, round(seconds, 3))

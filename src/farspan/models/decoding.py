@@ -53,11 +53,15 @@ class Choice:
         return probabilities
 
 
+def growing_memories(model: FarspanForCausalLM) -> list[str]:
+    """The mixers of this model whose memory does not stay in one place while decoding: a step cannot be captured."""
+    layers = zip(model.config.mixers, model.new_cache().layers, strict=True)
+    return sorted({name for name, layer in layers if not layer.can_pin})
+
+
 def capture_reason(model: FarspanForCausalLM) -> str | None:
     """Why a decoding step of this model cannot be captured in a CUDA graph, or None if it can."""
-    layers = zip(model.config.mixers, model.new_cache().layers, strict=True)
-    growing = sorted({name for name, layer in layers if not layer.can_pin})
-    if growing:
+    if growing := growing_memories(model):
         return f"the memory of {', '.join(growing)} does not stay in one place"
     if model.device.type != "cuda":
         return f"the model is on {model.device.type}; CUDA graphs need an NVIDIA GPU"
@@ -109,6 +113,33 @@ def decode(
             yield from steps.captured(max_new_tokens - 1)
         else:
             yield from (steps.run() for _ in range(max_new_tokens - 1))
+
+
+def on_host(steps: Iterator[Tensor]) -> Iterator[list[int]]:
+    """The tokens of `decode` as numbers, each read while the next step is already running.
+
+    Args:
+        steps: `[B]` int64 each.
+
+    Yields:
+        B numbers. On a GPU one step more than is consumed may have been run.
+    """
+    waiting: tuple[Tensor, torch.cuda.Event] | None = None
+    for token in steps:
+        if not token.is_cuda:
+            yield token.tolist()
+            continue
+        copy = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
+        copy.copy_(token, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        if waiting is not None:
+            waiting[1].synchronize()
+            yield waiting[0].tolist()
+        waiting = copy, done
+    if waiting is not None:
+        waiting[1].synchronize()
+        yield waiting[0].tolist()
 
 
 class _Step:
