@@ -73,6 +73,7 @@ def decode(
     input_ids: Tensor,
     *,
     attention_mask: Tensor | None = None,
+    past_key_values: FarspanCache | None = None,
     choice: Choice | None = None,
     max_new_tokens: int = 256,
     capture: bool | None = None,
@@ -83,6 +84,7 @@ def decode(
         model: a language model in evaluation mode.
         input_ids: `[B, T]` int64, T ≥ 1.
         attention_mask: `[B, T]`, 1 for real tokens; the last token of every row must be real.
+        past_key_values: the memory of what stands before `input_ids`; it is used up. None starts a new text.
         choice: how tokens are chosen; None takes the likeliest.
         max_new_tokens: number of tokens to yield.
         capture: whether to replay a captured CUDA graph; None where it is possible.
@@ -102,7 +104,7 @@ def decode(
     choice = choice or Choice()
     if capture is None:
         capture = capture_reason(model) is None
-    cache = model.new_cache(input_ids.shape[1] + max_new_tokens)
+    cache = model.new_cache(input_ids.shape[1] + max_new_tokens) if past_key_values is None else past_key_values
     with torch.no_grad():
         logits = model(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1).logits
         token = choice(logits[:, -1])
