@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from farspan.models import presets
     from farspan.models.causal_lm import FarspanForCausalLM
     from farspan.models.configuration import FarspanConfig
+    from farspan.models.heads import (
+        FarspanForMaskedLM,
+        FarspanForSequenceClassification,
+        FarspanForTokenClassification,
+    )
     from farspan.models.modeling import FarspanModel
     from farspan.nn.feed_forward import FeedForward, register_feed_forward
 
@@ -26,6 +31,9 @@ __all__ = [
     "DilatedAttention",
     "FarspanConfig",
     "FarspanForCausalLM",
+    "FarspanForMaskedLM",
+    "FarspanForSequenceClassification",
+    "FarspanForTokenClassification",
     "FarspanModel",
     "FeedForward",
     "Mixer",
@@ -39,6 +47,9 @@ _load = lazy_attributes(
         "DilatedAttention": "farspan.mixers.dilated",
         "FarspanConfig": "farspan.models.configuration",
         "FarspanForCausalLM": "farspan.models.causal_lm",
+        "FarspanForMaskedLM": "farspan.models.heads",
+        "FarspanForSequenceClassification": "farspan.models.heads",
+        "FarspanForTokenClassification": "farspan.models.heads",
         "FarspanModel": "farspan.models.modeling",
         "FeedForward": "farspan.nn.feed_forward",
         "Mixer": "farspan.mixers.base",
@@ -71,12 +82,17 @@ def _register_models() -> None:
 
     from farspan.models.configuration import FarspanConfig
 
-    for mapping, home in (
-        (modeling_auto.MODEL_MAPPING, "farspan.models.modeling:FarspanModel"),
-        (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING, "farspan.models.causal_lm:FarspanForCausalLM"),
+    for name, home in (
+        ("MODEL_MAPPING", "modeling:FarspanModel"),
+        ("MODEL_FOR_CAUSAL_LM_MAPPING", "causal_lm:FarspanForCausalLM"),
+        ("MODEL_FOR_MASKED_LM_MAPPING", "heads:FarspanForMaskedLM"),
+        ("MODEL_FOR_PRETRAINING_MAPPING", "heads:FarspanForMaskedLM"),
+        ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "heads:FarspanForSequenceClassification"),
+        ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING", "heads:FarspanForTokenClassification"),
     ):
+        mapping = getattr(modeling_auto, name)
         mapping._extra_content = LazyValues(mapping._extra_content)
-        mapping.register(FarspanConfig, home, exist_ok=True)
+        mapping.register(FarspanConfig, f"farspan.models.{home}", exist_ok=True)
 
 
 after_import(

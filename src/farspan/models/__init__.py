@@ -8,9 +8,22 @@ if TYPE_CHECKING:
     from farspan.models.cache import FarspanCache
     from farspan.models.causal_lm import FarspanForCausalLM
     from farspan.models.configuration import FarspanConfig
+    from farspan.models.heads import (
+        FarspanForMaskedLM,
+        FarspanForSequenceClassification,
+        FarspanForTokenClassification,
+    )
     from farspan.models.modeling import FarspanModel
 
-__all__ = ["FarspanCache", "FarspanConfig", "FarspanForCausalLM", "FarspanModel"]
+__all__ = [
+    "FarspanCache",
+    "FarspanConfig",
+    "FarspanForCausalLM",
+    "FarspanForMaskedLM",
+    "FarspanForSequenceClassification",
+    "FarspanForTokenClassification",
+    "FarspanModel",
+]
 
 _load = lazy_attributes(
     {
@@ -18,6 +31,9 @@ _load = lazy_attributes(
         "FarspanCache": "farspan.models.cache",
         "FarspanModel": "farspan.models.modeling",
         "FarspanForCausalLM": "farspan.models.causal_lm",
+        "FarspanForMaskedLM": "farspan.models.heads",
+        "FarspanForSequenceClassification": "farspan.models.heads",
+        "FarspanForTokenClassification": "farspan.models.heads",
     }
 )
 

@@ -13,7 +13,7 @@ from farspan.models.configuration import FarspanConfig
 from farspan.models.inputs import refuse_unknown
 from farspan.models.modeling import FarspanModel, FarspanPreTrainedModel
 from farspan.nn.feed_forward import AuxiliaryRecord
-from farspan.nn.losses import IGNORE_INDEX, chunked_cross_entropy
+from farspan.nn.losses import IGNORE_INDEX, chunked_cross_entropy, scored_share
 
 
 @dataclass
@@ -140,9 +140,7 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
                 num_items=num_items_in_batch,
             )
             if outputs.aux_loss is not None:
-                # Of several micro-batches each has the weight of its labels, so that their sum is one batch's loss.
-                share = 1 if num_items_in_batch is None else (shift_labels != IGNORE_INDEX).sum() / num_items_in_batch
-                loss = loss + share * outputs.aux_loss
+                loss = loss + scored_share(shift_labels, num_items_in_batch) * outputs.aux_loss
         logits = None
         if output_logits:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -101,7 +101,7 @@ class FarspanConfig(PreTrainedConfig):
     """
 
     model_type = "farspan"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "mlm_loss", "nsp_loss"]
     base_model_tp_plan: ClassVar[None] = None
 
     vocab_size: int = 32000

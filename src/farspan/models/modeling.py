@@ -14,6 +14,7 @@ from farspan.models.blocks import INITIAL_SCALE, FarspanBlock
 from farspan.models.cache import FarspanCache
 from farspan.models.configuration import FarspanConfig
 from farspan.models.inputs import check_cache, check_table, layout_of, next_positions, refuse_unknown
+from farspan.models.pooling import pool
 from farspan.nn.feed_forward import AuxiliaryRecord
 from farspan.nn.norms import make_norm
 
@@ -50,7 +51,7 @@ class FarspanPreTrainedModel(PreTrainedModel):
 class FarspanModelOutput(BaseModelOutputWithPast):
     """Hidden states, cache, and what the feed-forwards report beside their output.
 
-    `pooler_output` is `[B, D]` with `config.pooler`, else None.
+    `pooler_output` is `[B, D]` (`[num_seqs, D]` where documents are packed) with `config.pooler`, else None.
     `auxiliary` has one record (or None) per layer, `aux_loss` the sum of their losses; both are None when there is
     nothing, as outside of training mode.
     """
@@ -156,7 +157,7 @@ class FarspanModel(FarspanPreTrainedModel):
             last_hidden_state=x,
             past_key_values=past_key_values,
             hidden_states=None if states is None else tuple(states),
-            pooler_output=None if self.pooler is None else self.pooler(first_token(x, layout.padding_mask)).tanh(),
+            pooler_output=None if self.pooler is None else self.pooler(pool(x, layout, "first")).tanh(),
             aux_loss=torch.stack(losses).sum() if losses else None,
             auxiliary=tuple(records) if any(records) else None,
         )
@@ -193,15 +194,3 @@ class FarspanModel(FarspanPreTrainedModel):
             check_table(layout, reach, self.config.max_position_embeddings)
             x = x + self.embed_positions(layout.positions + self.config.position_embedding_offset)
         return self.embed_dropout(self.embed_norm(x))
-
-
-def first_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The first real token of each row: `[B, T, D]` and a mask `[B, T]` or None → `[B, D]`."""
-    if attention_mask is None:
-        return x[:, 0]
-    return x[torch.arange(len(x), device=x.device), attention_mask.to(x.device).long().argmax(-1)]
-
-
-def last_token(x: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The last real token of each row: `[B, T, D]` and a mask `[B, T]` or None → `[B, D]`."""
-    return first_token(x.flip(1), None if attention_mask is None else attention_mask.flip(1))

@@ -1,11 +1,12 @@
-"""Cross entropy of a language-model head that never holds the logits of all tokens at once."""
+"""Losses: cross entropy of a language-model head that never holds all logits at once, and losses of classifiers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from farspan.errors import ShapeError
+from farspan.errors import ConfigError, ShapeError, nearest
 
 IGNORE_INDEX = -100
 # 2^22 logits: 16 MiB in float32, large enough for full matrix-multiply speed.
@@ -22,15 +23,19 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
             f"hidden [..., D]={list(hidden.shape)}, weight [V, D]={list(weight.shape)} and labels "
             f"[...]={list(labels.shape)} do not fit: labels need hidden's leading shape and weight its last dimension."
         )
+    _check_classes(labels, weight.shape[0], "token ids")
+
+
+def _check_classes(labels: Tensor, classes: int, what: str) -> None:
     if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise ShapeError(f"labels are {labels.dtype}; give token ids as int64, {IGNORE_INDEX} where none is scored.")
-    # Reads a value from the device: once per call, beside a matrix product with the whole vocabulary.
+        raise ShapeError(f"labels are {labels.dtype}; give {what} as int64, {IGNORE_INDEX} where none is scored.")
+    # Reads a value from the device: once per call, beside all the work that led to the loss.
     if not torch.compiler.is_compiling() and labels.numel():
-        wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= weight.shape[0]))
+        wrong = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= classes))
         if bool(wrong.any()):
             raise ShapeError(
-                f"labels hold {int(labels[wrong][0])}; accepted are token ids 0 to {weight.shape[0] - 1}, and "
-                f"{IGNORE_INDEX} where nothing is scored."
+                f"labels hold {int(labels[wrong][0])}; accepted are {what} 0 to {classes - 1}, and {IGNORE_INDEX} "
+                "where nothing is scored."
             )
 
 
@@ -147,3 +152,70 @@ def chunked_cross_entropy(
     if num_items is None:
         num_items = (targets != IGNORE_INDEX).sum().clamp(min=1)
     return total / num_items
+
+
+def classification_loss(
+    logits: Tensor, labels: Tensor, problem_type: str, num_items: int | Tensor | None = None
+) -> Tensor:
+    """Mean loss of the logits of a classifier, in the three forms of transformers.
+
+    - `single_label_classification`: cross entropy, (1/n) Σ_i [logsumexp(z_i) − z_i[label_i]];
+    - `multi_label_classification`: binary cross entropy of each label by itself;
+    - `regression`: squared error.
+
+    Args:
+        logits: `[..., L]`, one number for each of L labels.
+        labels: `[...]` int64, the class of each row, −100 is ignored; or `[..., L]` (`[...]` too if L = 1) numbers for
+            the other two forms: 0 or 1, or the targets. Nothing is broadcast.
+        problem_type: one of the three.
+        num_items: the divisor n; None counts the labels that are scored.
+
+    Returns:
+        Scalar float32 (float64 for float64 input).
+
+    Raises:
+        ShapeError: for labels of another shape, and for classes that do not exist.
+        ConfigError: for an unknown problem type.
+    """
+    wide = logits.double() if logits.dtype == torch.float64 else logits.float()
+    classes = logits.shape[-1]
+    count: int | Tensor
+    if problem_type == "single_label_classification":
+        _check_shape(labels, logits.shape[:-1], problem_type)
+        _check_classes(labels, classes, "classes")
+        rows, targets = wide.reshape(-1, classes), labels.reshape(-1).long()
+        total = torch.nn.functional.cross_entropy(rows, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        count = (targets != IGNORE_INDEX).sum().clamp(min=1)
+    elif problem_type in _ELEMENTWISE:
+        if classes == 1 and labels.shape == logits.shape[:-1]:
+            labels = labels.unsqueeze(-1)
+        _check_shape(labels, logits.shape, problem_type)
+        total = _ELEMENTWISE[problem_type](wide, labels.to(wide.dtype), reduction="sum")
+        count = max(labels.numel(), 1)
+    else:
+        accepted = ("single_label_classification", *_ELEMENTWISE)
+        raise ConfigError(f"Unknown problem_type {problem_type!r}: {nearest(problem_type, accepted)}")
+    return total / (count if num_items is None else num_items)
+
+
+_ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
+    "multi_label_classification": torch.nn.functional.binary_cross_entropy_with_logits,
+    "regression": torch.nn.functional.mse_loss,
+}
+
+
+def _check_shape(labels: Tensor, expected: torch.Size, problem_type: str) -> None:
+    if labels.shape != expected:
+        raise ShapeError(f"labels have shape {list(labels.shape)}; {problem_type} expects {list(expected)}.")
+
+
+def scored_share(labels: Tensor, num_items: int | Tensor | None) -> Tensor | float:
+    """The weight of a micro-batch's other losses: its share of the `num_items` labels of the whole batch.
+
+    Losses that are means over a micro-batch then add up to about one batch's, as the sum of cross entropies does.
+
+    Args:
+        labels: of this micro-batch; −100 is not scored.
+        num_items: labels of all micro-batches; None has one micro-batch, of weight 1.
+    """
+    return 1.0 if num_items is None else (labels != IGNORE_INDEX).sum() / num_items
