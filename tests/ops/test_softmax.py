@@ -50,6 +50,21 @@ def test_long_window_uses_blocks() -> None:
     _agree(_tensors(1, 64, 64), window=16)
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize(
+    "options", [{"causal": False}, {}, {"window": 4}, {"cu_seqlens": torch.tensor([0, 12, 20], dtype=torch.int32)}]
+)
+def test_dropout_leaves_out_weights_and_keeps_their_mean(backend: str, options: dict) -> None:
+    q, k, v = (torch.randn(1, 20, 200, 4) for _ in range(3))
+    ones = torch.ones(1, 20, 200, 1)
+    kept = softmax_attention(q, k, ones, backend=backend, dropout=0.25, **options)
+    assert kept.mean().item() == pytest.approx(1, abs=0.05) and kept.std() > 0.1
+    first = softmax_attention(q, k, v, backend=backend, dropout=0.25, **options)[:, 0]
+    if options.get("causal", True):  # the first query has one key, of weight 1: all or nothing
+        assert (torch.isclose(first, v[:, 0] / 0.75, atol=1e-6).all(-1) | (first == 0).all(-1)).all()
+        assert (first == 0).all(-1).float().mean().item() == pytest.approx(0.25, abs=0.1)
+
+
 def test_a_query_without_keys_gives_zero() -> None:
     q, k, v = _tensors(1, 2, 2)
     out = softmax_attention(q, k, v, key_mask=torch.tensor([[False, True]]))
@@ -68,6 +83,7 @@ def test_gradcheck_of_the_reference() -> None:
         (((1, 3, 4, 6), (1, 3, 3, 6), (1, 3, 3, 5)), {}, ShapeError, "cannot share G=3"),
         (((1, 3, 4, 6), (1, 3, 2, 5), (1, 3, 2, 5)), {}, ShapeError, "k has shape"),
         (((1, 3, 4, 6), (1, 3, 2, 6), (1, 3, 2, 5)), {"window": 0}, ConfigError, "window=0"),
+        (((1, 3, 4, 6), (1, 3, 2, 6), (1, 3, 2, 5)), {"dropout": 1.0}, ConfigError, "dropout=1.0 must lie in"),
     ],
 )
 def test_bad_calls(shapes: tuple, options: dict, error: type[Exception], words: str) -> None:

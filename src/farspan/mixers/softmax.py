@@ -26,6 +26,7 @@ class SoftmaxOptions:
         partial_rotary_factor: share of a head's channels that is rotated.
         rope_interleaved: True rotates channels (2j, 2j + 1), as GPT-J; False (j, j + r/2).
         qk_norm: whether an RMSNorm per head stands on queries and keys, before the rotation (Qwen3).
+        attention_dropout: dropout of the attention weights in training.
         sub_norm: whether a LayerNorm stands before the output projection (sub-LN).
         norm_eps: epsilon of these norms.
     """
@@ -36,6 +37,7 @@ class SoftmaxOptions:
     partial_rotary_factor: float = 1.0
     rope_interleaved: bool = False
     qk_norm: bool = False
+    attention_dropout: float = 0.0
     sub_norm: bool = False
     norm_eps: float = 1e-6
 
@@ -44,6 +46,8 @@ class SoftmaxOptions:
             raise ConfigError(f"sliding_window={self.sliding_window} must be at least 1, or null for full attention.")
         if not 0 < self.partial_rotary_factor <= 1:
             raise ConfigError(f"partial_rotary_factor={self.partial_rotary_factor} must lie in (0, 1].")
+        if not 0 <= self.attention_dropout < 1:
+            raise ConfigError(f"attention_dropout={self.attention_dropout} must lie in [0, 1).")
         if self.norm_eps <= 0:
             raise ConfigError(f"norm_eps={self.norm_eps} must be positive.")
 
@@ -105,6 +109,7 @@ class SoftmaxMixer(Mixer):
             interleaved = self.options.rope_interleaved
             q, k = apply_rotary(q, cos, sin, interleaved), apply_rotary(k, cos, sin, interleaved)
         window = self.options.sliding_window
+        dropout = self.options.attention_dropout if self.training else 0.0
         fresh = cache is None
         if cache is not None:
             assert isinstance(cache, KeyValueCache)
@@ -119,10 +124,13 @@ class SoftmaxMixer(Mixer):
                 causal=self.causal,
                 window=window,
                 cu_seqlens=layout.sequences(),
+                dropout=dropout,
             )
             out = layout.unpack(out)
         else:
-            out = softmax_attention(q, keys, values, causal=self.causal, window=window, key_mask=key_mask)
+            out = softmax_attention(
+                q, keys, values, causal=self.causal, window=window, key_mask=key_mask, dropout=dropout
+            )
         return self.o_proj(self.sub_norm(out.flatten(2)))
 
     def new_cache(self) -> LayerCache:

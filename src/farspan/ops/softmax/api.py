@@ -21,6 +21,7 @@ def softmax_attention(
     window: int | None = None,
     key_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    dropout: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
     """Scaled dot-product attention, o_t = Σ_s softmax_s(scale · q_t·k_s) v_s over the keys s that query t may see.
@@ -35,6 +36,7 @@ def softmax_attention(
         window: number of keys a query sees, itself included (in both directions when not causal); None is all.
         key_mask: `[B, S]` bool, True for real keys. A query without any key gives 0.
         cu_seqlens: `[num_seqs + 1]` int32 boundaries of documents packed in one row (B = 1, S = T); none sees another.
+        dropout: probability that a weight is set to 0 (the others are divided by 1 − dropout); 0 outside of training.
         backend: `"auto"`, `"reference"` or `"torch"` (PyTorch's SDPA).
 
     Returns:
@@ -42,7 +44,7 @@ def softmax_attention(
 
     Raises:
         ShapeError: for shapes, dtypes or devices that do not fit.
-        ConfigError: for a window below 1.
+        ConfigError: for a window below 1 and a dropout outside [0, 1).
         BackendUnavailable: for a named backend that cannot serve.
 
     Cost:
@@ -71,6 +73,8 @@ def softmax_attention(
         raise ShapeError(f"softmax_attention: S={sizes['S']} keys are too few for T={sizes['T']} queries.")
     if window is not None and window < 1:
         raise ConfigError(f"softmax_attention: window={window} must be at least 1, or None for all keys.")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"softmax_attention: dropout={dropout} must lie in [0, 1).")
     implementation = resolve("softmax_attention", backend, (q, k, v))
     return implementation(
         q,
@@ -81,4 +85,5 @@ def softmax_attention(
         window=window,
         key_mask=None if key_mask is None else key_mask.bool(),
         cu_seqlens=cu_seqlens,
+        dropout=dropout,
     )

@@ -46,6 +46,7 @@ def softmax_attention_reference(
     window: int | None,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """See `softmax_attention`; O(T·S) memory."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -65,4 +66,5 @@ def softmax_attention_reference(
     scores = scores.masked_fill(~seen, float("-inf"))
     # A row without any key gives 0, not 0/0.
     weights = torch.softmax(scores, dim=-1).masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    weights = torch.nn.functional.dropout(weights, dropout)
     return torch.einsum("bhts,bshv->bthv", weights, values).to(v.dtype)

@@ -18,12 +18,13 @@ def softmax_attention_sdpa(
     window: int | None,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """See `softmax_attention`. Packed documents run one after another, windows in blocks of `window` queries."""
     if cu_seqlens is None:
-        return _attend(q, k, v, scale, causal, window, key_mask)
+        return _attend(q, k, v, scale, causal, window, key_mask, dropout)
     pieces = [
-        _attend(q[:, a:b], k[:, a:b], v[:, a:b], scale, causal, window, None)
+        _attend(q[:, a:b], k[:, a:b], v[:, a:b], scale, causal, window, None, dropout)
         for a, b in varlen.spans(cu_seqlens)
         if b > a
     ]
@@ -31,23 +32,30 @@ def softmax_attention_sdpa(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None, key_mask: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    key_mask: Tensor | None,
+    dropout: float,
 ) -> Tensor:
     queries, keys = q.shape[1], k.shape[1]
     if window is not None and window >= keys:
         window = None
     if key_mask is None and window is None and (not causal or queries == keys or queries == 1):
-        return _sdpa(q, k, v, scale, causal=causal and queries > 1)
+        return _sdpa(q, k, v, scale, causal=causal and queries > 1, dropout=dropout)
     if key_mask is None and window is not None and causal and queries == keys:
-        return _windowed(q, k, v, scale, window)
+        return _windowed(q, k, v, scale, window, dropout)
     seen = visible(queries, keys, causal=causal, window=window, key_mask=key_mask, cu_seqlens=None, device=q.device)
     # Fused kernels return NaN for a row without keys: let it see everything, then set it to 0.
     empty = ~seen.any(-1, keepdim=True)
-    out = _sdpa(q, k, v, scale, mask=(seen | empty).unsqueeze(1))
+    out = _sdpa(q, k, v, scale, mask=(seen | empty).unsqueeze(1), dropout=dropout)
     return out.masked_fill(empty.unsqueeze(-1), 0.0)
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
+def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, dropout: float) -> Tensor:
     """Causal attention to the last `window` keys in O(T·window): each block of queries sees two blocks of keys."""
     batch, length = q.shape[:2]
     blocks = -(-length // window)
@@ -65,16 +73,26 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Ten
     first = inside & (column >= window)
     mask = inside.expand(batch, blocks, -1, -1).clone()
     mask[:, 0] = first
-    out = _sdpa(q, with_previous(k), with_previous(v), scale, mask=mask.reshape(batch * blocks, 1, window, 2 * window))
+    mask = mask.reshape(batch * blocks, 1, window, 2 * window)
+    out = _sdpa(q, with_previous(k), with_previous(v), scale, mask=mask, dropout=dropout)
     return out.reshape(batch, blocks * window, *out.shape[2:])[:, :length]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+) -> Tensor:
     out = scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
+        dropout_p=dropout,
         is_causal=causal,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
