@@ -22,6 +22,12 @@ def test_greedy_equals_generate(mix: str) -> None:
     assert ours.tolist() == theirs[:, 9:].tolist()
 
 
+def test_a_single_row_equals_generate(mix: str) -> None:
+    model, ids = tiny(mix), prompt(rows=1)
+    ours = torch.stack(list(decode(model, ids, max_new_tokens=6)), dim=1)
+    assert ours.tolist() == model.generate(ids, max_new_tokens=6, do_sample=False)[:, 9:].tolist()
+
+
 @pytest.mark.parametrize("top_k", [0, 1, 7, 100])
 @pytest.mark.parametrize("top_p", [0.05, 0.6, 0.95, 1.0])
 def test_probabilities_are_those_of_the_filters_of_transformers(top_k: int, top_p: float) -> None:

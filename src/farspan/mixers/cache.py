@@ -82,14 +82,16 @@ class StateCache(LayerCache):
     def update(self, **states: Tensor | None) -> None:
         """Replaces the named states (detached: a cache is for inference).
 
-        A state that is a view of a larger tensor is copied, so that the cache never holds a whole prompt alive.
+        A state that is a view of a larger tensor is copied, so that the cache never holds a whole prompt alive;
+        all are contiguous, for steps that change them in place.
         """
         for name, x in states.items():
             if x is not None and self._pinned:
                 self.tensors[name].copy_(x)
             elif x is not None:
-                view = x.untyped_storage().nbytes() != x.numel() * x.element_size()
-                self.tensors[name] = x.detach().clone() if view else x.detach()
+                x = x.detach().contiguous()
+                view = x.untyped_storage().nbytes() != x.nbytes
+                self.tensors[name] = x.clone() if view else x
 
 
 class KeyValueCache(LayerCache):

@@ -12,10 +12,12 @@ from farspan.errors import ConfigError
 from farspan.mixers.base import MixerShape, StateMixer, linear_flops
 from farspan.mixers.cache import LayerCache, StateCache
 from farspan.mixers.layout import SequenceLayout
+from farspan.nn.joint import Joint
 from farspan.ops.bidirectional import both_ways
 from farspan.ops.metala.api import metala_attention
 from farspan.ops.metala.step import metala_step
 from farspan.ops.short_convolution.api import short_convolution
+from farspan.ops.short_convolution.step import short_convolution_step
 
 
 @dataclass
@@ -73,6 +75,8 @@ class MetaLAMixer(StateMixer):
     bidirectional: ClassVar[bool] = True
     operators: ClassVar[tuple[str, ...]] = ("metala_attention", "short_convolution")
     no_weight_decay = ("augmentation", "convolution")
+    joint_projections = ("q_proj", "decay_proj", "v_proj", "gate_proj")
+    joint: Joint | None = None
 
     def __init__(self, config: MixerShape, options: MetaLAOptions, layer_idx: int) -> None:
         super().__init__()
@@ -136,17 +140,22 @@ class MetaLAMixer(StateMixer):
         return layout.unpack(self.o_proj(nn.functional.silu(self.gate_proj(x)) * out.flatten(2)))
 
     def _step(self, x: Tensor, cache: StateCache, state: Tensor) -> Tensor:
-        """One token per row: the same formulas, the state updated in place."""
-        if self.convolution is not None:
-            x = self._convolve(x, boundaries=None, cache=cache)
+        """One token per row: the same formulas, both states updated in place."""
+        past = cache.get("convolution")
+        if self.convolution is not None and past is not None:
+            x = short_convolution_step(x, self.convolution, past)
+        if self.joint is None:
+            q, gate, v, output_gate = (getattr(self, name)(x) for name in self.joint_projections)
+        else:
+            q, gate, v, output_gate = self.joint(x)
         out = metala_step(
-            self.q_proj(x).unflatten(-1, (self.heads, self.head_key)),
-            self.decay_proj(x).unflatten(-1, (self.heads, self.head_key)),
-            self.v_proj(x).unflatten(-1, (self.heads, self.head_value)),
+            q.unflatten(-1, (self.heads, self.head_key)),
+            gate.unflatten(-1, (self.heads, self.head_key)),
+            v.unflatten(-1, (self.heads, self.head_value)),
             self.augmentation,
             state,
             key=None if self.k_proj is None else self.k_proj(x).unflatten(-1, (self.heads, self.head_key)),
-            output_gate=self.gate_proj(x).unflatten(-1, (self.heads, self.head_value)),
+            output_gate=output_gate.unflatten(-1, (self.heads, self.head_value)),
             scale=self.options.scale,
             decay_normalizer=self.options.decay_normalizer,
             augmentation_inside=self.options.augmentation_inside,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from farspan.models.cache import FarspanCache
 from farspan.models.causal_lm import FarspanForCausalLM
+from farspan.nn.joint import joined
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def decode(
     if max_new_tokens > 1:
         steps = _Step(model, cache, token, choice)
         if capture:
-            yield from steps.captured(max_new_tokens - 1)
+            with joined(model):
+                yield from steps.captured(max_new_tokens - 1)
         else:
             yield from (steps.run() for _ in range(max_new_tokens - 1))
 

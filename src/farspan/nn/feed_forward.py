@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from farspan.errors import ConfigError, nearest
+from farspan.nn.joint import Joint
 from farspan.nn.registry import Registry
 from farspan.ops.activations import ACTIVATIONS
 
@@ -125,6 +126,9 @@ class GatedMLP(FeedForward):
     Source: Shazeer 2020, arXiv 2002.05202.
     """
 
+    joint_projections = ("gate_proj", "up_proj")
+    joint: Joint | None = None
+
     def __init__(self, config: FeedForwardShape, options: MLPOptions) -> None:
         super().__init__()
         inner = options.intermediate_size or config.intermediate_size
@@ -135,7 +139,8 @@ class GatedMLP(FeedForward):
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=options.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, AuxiliaryRecord | None]:
-        return self.down_proj(self.sub_norm(self.activation(self.gate_proj(x)) * self.up_proj(x))), None
+        gate, up = (self.gate_proj(x), self.up_proj(x)) if self.joint is None else self.joint(x)
+        return self.down_proj(self.sub_norm(self.activation(gate) * up)), None
 
     def flops_per_token(self) -> float:
         return 2.0 * (self.gate_proj.weight.numel() + self.up_proj.weight.numel() + self.down_proj.weight.numel())

@@ -1,0 +1,64 @@
+"""Several linear maps of one input as a single product, while text is generated."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Joint:
+    """The maps' weights laid end to end in one matrix; their parameters become views of it, so nothing is held twice.
+
+    A decoding step of a small model is bound by the number of its kernels, and four products of a few rows take four
+    times as long as one of the same size.
+
+    Args:
+        linears: maps of the same input width.
+    """
+
+    def __init__(self, linears: list[nn.Linear]) -> None:
+        self._linears = linears
+        self._sizes = [linear.out_features for linear in linears]
+        self._weight = torch.cat([linear.weight.detach() for linear in linears])
+        self._bias: Tensor | None = None
+        if any(linear.bias is not None for linear in linears):
+            biases = [
+                linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias.detach()
+                for linear in linears
+            ]
+            self._bias = torch.cat(biases)
+        for linear, part in zip(linears, self._weight.split(self._sizes), strict=True):
+            linear.weight.data = part
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`[..., D]` → what each map gives, as slices of one tensor."""
+        return F.linear(x, self._weight, self._bias).split(self._sizes, dim=-1)
+
+    def undo(self) -> None:
+        """Gives every map a weight of its own again."""
+        for linear in self._linears:
+            linear.weight.data = linear.weight.data.clone()
+
+
+@contextlib.contextmanager
+def joined(model: nn.Module) -> Iterator[None]:
+    """Joins what the modules of a model name in `joint_projections`, and separates it again.
+
+    Only plain linear maps of one dtype on one device are joined: what has been quantised or adapted stays as it is.
+    """
+    joints = []
+    try:
+        for module in model.modules():
+            linears = [getattr(module, name, None) for name in getattr(module, "joint_projections", ())]
+            places = {(x.weight.dtype, x.weight.device) for x in linears if type(x) is nn.Linear}
+            if len(linears) > 1 and all(type(x) is nn.Linear for x in linears) and len(places) == 1:
+                joint = Joint(linears)  # type: ignore[arg-type]
+                module.joint = joint  # type: ignore[assignment]
+                joints.append((module, joint))
+        yield
+    finally:
+        for module, joint in joints:
+            module.joint = None  # type: ignore[assignment]
+            joint.undo()

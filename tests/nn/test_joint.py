@@ -1,0 +1,60 @@
+"""Joined projections give what separate ones do, hold nothing twice, and leave the model as it was."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from farspan.nn.joint import joined
+from tests.models.conftest import tiny
+
+
+@pytest.mark.parametrize("mix", ["metala", "softmax", "hybrid"])
+def test_joined_model_computes_the_same(mix: str) -> None:
+    model, ids = tiny(mix), torch.randint(1, 61, (2, 9))
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        cache, other = model.new_cache(), model.new_cache()
+        plain = [model(piece, past_key_values=cache).logits for piece in ids.split([6, 1, 1, 1], dim=1)]
+        with joined(model):
+            together = [model(piece, past_key_values=other).logits for piece in ids.split([6, 1, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(together, dim=1), torch.cat(plain, dim=1), atol=1e-5, rtol=1e-5)
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)
+
+
+def test_weights_are_held_once_while_joined_and_apart_afterwards() -> None:
+    model = tiny("metala")
+    feed_forward = model.model.blocks[0].feed_forward
+    gate, up = feed_forward.gate_proj.weight, feed_forward.up_proj.weight
+
+    def together() -> bool:
+        return gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
+
+    with joined(model):
+        assert together()
+        assert feed_forward.joint is not None
+    assert not together()
+    assert feed_forward.joint is None
+    assert gate.untyped_storage().nbytes() == gate.nbytes
+
+
+def test_what_is_no_plain_linear_map_stays_apart() -> None:
+    class Adapted(nn.Linear):
+        pass
+
+    model = tiny("metala")
+    feed_forward = model.model.blocks[0].feed_forward
+    feed_forward.up_proj = Adapted(32, 48, bias=False)
+    with joined(model):
+        assert feed_forward.joint is None
+        assert model.model.blocks[1].feed_forward.joint is not None
+
+
+def test_an_error_inside_separates_them_too() -> None:
+    model = tiny("metala")
+    with pytest.raises(KeyError), joined(model):
+        raise KeyError
+    assert all(getattr(module, "joint", None) is None for module in model.modules())
