@@ -5,7 +5,7 @@ from torch import Tensor
 import farspan.models
 from farspan.models.convert import families
 from farspan.models.convert.families import Family, Published
-from farspan.models.convert.names import AnyEntry, to_ours, to_published
+from farspan.models.convert.names import AnyEntry, Copy, to_ours, to_published
 from farspan.models.modeling import FarspanPreTrainedModel
 from tests.golden.case import Case
 
@@ -37,5 +37,10 @@ def build(case: Case, family: Family, published: Published) -> tuple[FarspanPreT
 def gradients(model: FarspanPreTrainedModel, entries: list[AnyEntry]) -> dict[str, Tensor]:
     """Published name → gradient, of every parameter that has one."""
     found = {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
-    partial = [entry for entry in entries if entry.our_names() and all(name in found for name in entry.our_names())]
+    partial = [entry for entry in entries if (held := _held(entry)) and all(name in found for name in held)]
     return to_published({name: found[name] for entry in partial for name in entry.our_names()}, partial)
+
+
+def _held(entry: AnyEntry) -> tuple[str, ...]:
+    """Our parameters whose values the published tensor shows; a repeated one has the same gradient."""
+    return (entry.ours,) if isinstance(entry, Copy) else entry.our_names()

@@ -119,6 +119,11 @@ class Copy:
 AnyEntry = Entry | Fused | Constant | Copy
 
 
+def affine(published: str, ours: str) -> list[Entry]:
+    """Weight and bias of a linear layer or a norm."""
+    return [Entry(f"{published}.{kind}", f"{ours}.{kind}") for kind in ("weight", "bias")]
+
+
 def to_ours(state: Mapping[str, Tensor], entries: Iterable[AnyEntry], partial: bool = False) -> dict[str, Tensor]:
     """Renames and reshapes published tensors.
 
