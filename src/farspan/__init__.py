@@ -93,6 +93,8 @@ def _register_models() -> None:
         mapping = getattr(modeling_auto, name)
         mapping._extra_content = LazyValues(mapping._extra_content)
         mapping.register(FarspanConfig, f"farspan.models.{home}", exist_ok=True)
+        # Trainer (label smoothing) and pipelines ask for the class among these names.
+        mapping._model_mapping[FarspanConfig.model_type] = home.partition(":")[2]
 
 
 after_import(

@@ -239,7 +239,6 @@ def test_the_trainer_of_transformers_evaluates(tmp_path) -> None:
             "other values than 0 and 1",
         ),
         ({"input_ids": _ids(1, 4), "lables": _ids(1, 4)}, ConfigError, "did you mean 'labels'"),
-        ({"input_ids": _ids(1, 4), "labels": _ids(1, 4), "shift_labels": _ids(1, 4)}, ShapeError, "not both"),
         ({"input_ids": _ids(1, 4), "labels": _ids(1, 4) - 99}, ShapeError, "labels hold"),
         ({"input_ids": _ids(1, 4), "labels": _ids(1, 4) + 99}, ShapeError, "labels hold"),
         ({"input_ids": _ids(1, 4), "labels": _ids(1, 4).float()}, ShapeError, "labels are torch.float32"),

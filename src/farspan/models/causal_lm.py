@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from farspan.errors import ConfigError, ShapeError
+from farspan.errors import ConfigError
 from farspan.models.cache import FarspanCache
 from farspan.models.configuration import FarspanConfig
 from farspan.models.inputs import refuse_unknown
@@ -94,9 +94,9 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
             logits_to_keep: number of last positions to form logits for (0 is all), or an index tensor.
             num_items_in_batch: divisor of the loss instead of the number of scored labels (gradient accumulation).
             return_dict: False returns a tuple.
-            more: `shift_labels`, `[B, T]`, already aligned: position t is scored against `shift_labels[t]`; instead of
-                `labels`. What tokenizers and collators add for other models (`special_tokens_mask` and the like)
-                is ignored, any other name refused.
+            more: `shift_labels`, `[B, T]`, already aligned: position t is scored against `shift_labels[t]`; they replace
+                `labels`. What tokenizers and collators add for other models (`special_tokens_mask` and the like) is
+                ignored, any other name refused.
 
         Returns:
             `FarspanCausalLMOutput`.
@@ -108,8 +108,6 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
         # Not a named argument: the Trainer takes every argument called label for a column that evaluation needs.
         shift_labels = more.pop("shift_labels", None)
         refuse_unknown(self.forward, more, also=("shift_labels",))
-        if labels is not None and shift_labels is not None:
-            raise ShapeError("Give labels (shifted inside) or shift_labels (already aligned), not both.")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

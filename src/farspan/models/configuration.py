@@ -1,5 +1,6 @@
 """`FarspanConfig`: one configuration for every mix of mechanisms, checked when it is built."""
 
+import dataclasses
 import typing
 from dataclasses import field
 from typing import Any, ClassVar, Literal
@@ -268,6 +269,11 @@ class FarspanConfig(PreTrainedConfig):
             for name in options:
                 if name not in names:
                     raise ConfigError(f"{which} has options for {name!r}, which no layer uses: {nearest(name, names)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` holds: the fields. Loading refuses other attributes, so they are not written."""
+        known = {own.name for own in dataclasses.fields(self)} | _FOREIGN_KEYS
+        return {key: value for key, value in super().to_dict().items() if key in known}
 
     @property
     def layer_types(self) -> list[str]:
