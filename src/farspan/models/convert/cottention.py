@@ -18,6 +18,7 @@ from farspan.models.convert.settings import (
     refuse_other,
     shared_fields,
 )
+from farspan.models.presets.cottention import bert_block, gptj_block
 
 _EXPONENT = "norm_const"
 
@@ -133,9 +134,6 @@ def read_bert_config(published: Published) -> FarspanConfig:
     layers = config.get("num_hidden_layers", published.layers(f"{prefix}encoder.layer."))
     attention = f"{prefix}encoder.layer.{{}}.attention.self.{_EXPONENT}"
     mixer, heads = _mixer(published, [attention.format(i) for i in range(layers)])
-    options: dict[str, Any] = {"attention_bias": True, "rope": False}
-    if mixer == "softmax":  # the cosine module has a dropout as well, but never applies it
-        options["attention_dropout"] = config.get("attention_probs_dropout_prob", 0.1)
     return FarspanConfig(
         architectures=[head],
         vocab_size=config.get("vocab_size", shapes[f"{prefix}embeddings.word_embeddings.weight"][0]),
@@ -145,25 +143,17 @@ def read_bert_config(published: Published) -> FarspanConfig:
         ),
         num_hidden_layers=layers,
         num_attention_heads=config.get("num_attention_heads", heads or 12),
-        mixers=[mixer],
-        mixer_options={mixer: options},
-        feed_forwards=["mlp"],
-        feed_forward_options={"mlp": {"bias": True}},
         hidden_act=our_activation(config.get("hidden_act", "gelu")),
         max_position_embeddings=config.get("max_position_embeddings", positions),
         type_vocab_size=config.get("type_vocab_size", shapes[f"{prefix}embeddings.token_type_embeddings.weight"][0]),
-        norm_type="layer_norm",
         norm_eps=config.get("layer_norm_eps", 1e-12),
-        norm_place="post",
-        position_embedding="learned",
-        embedding_norm=True,
         embedding_dropout=dropout,
         hidden_dropout=dropout,
         pooler=pooler,
-        classifier_bias=True,
         classifier_dropout=_or(config.get("classifier_dropout"), dropout),
-        causal=False,
         initializer_range=config.get("initializer_range", 0.02),
+        # The cosine module has a dropout of its own, but never applies it.
+        **bert_block(mixer, config.get("attention_probs_dropout_prob", 0.1)),
         **{"pad_token_id": 0, **fields},
     )
 
@@ -206,9 +196,6 @@ def read_gpt_config(published: Published) -> FarspanConfig:
     rotary = config.get("rotary_dim", 64)
     if rotary is None:
         raise CheckpointError("config.json has rotary_dim=null; give the number of rotated channels per head.")
-    options: dict[str, Any] = {"partial_rotary_factor": _share(rotary, width // heads), "rope_interleaved": True}
-    if mixer == "softmax":
-        options["attention_dropout"] = config.get("attn_pdrop", 0.0)
     return FarspanConfig(
         architectures=["FarspanForCausalLM" if prefix else "FarspanModel"],
         vocab_size=config.get("vocab_size", vocabulary),
@@ -216,22 +203,16 @@ def read_gpt_config(published: Published) -> FarspanConfig:
         intermediate_size=_or(config.get("n_inner"), 4 * width),
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        mixers=[mixer],
-        mixer_options={mixer: options},
-        feed_forwards=["mlp"],
-        feed_forward_options={"mlp": {"bias": True}},
         hidden_act=our_activation(config.get("activation_function", "gelu_new")),
         max_position_embeddings=config.get("n_positions", 2048),
-        norm_type="layer_norm",
         norm_eps=config.get("layer_norm_epsilon", 1e-5),
-        use_parallel_residual=True,
-        shared_parallel_norm=True,
         embedding_dropout=config.get("embd_pdrop", 0.0),
         hidden_dropout=config.get("resid_pdrop", 0.0),
         lm_head_bias=bool(prefix),
         initializer_range=config.get("initializer_range", 0.02),
         tie_word_embeddings=bool(prefix) and config.get("tie_word_embeddings", False),
         use_cache=config.get("use_cache", True),
+        **gptj_block(mixer, _share(rotary, width // heads), config.get("attn_pdrop", 0.0)),
         **shared_fields(config),
     )
 
