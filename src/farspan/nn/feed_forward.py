@@ -9,6 +9,7 @@ from farspan.errors import ConfigError, nearest
 from farspan.nn.joint import Joint
 from farspan.nn.registry import Registry
 from farspan.ops.activations import ACTIVATIONS
+from farspan.ops.swiglu.api import swiglu
 
 
 @dataclass
@@ -139,8 +140,12 @@ class GatedMLP(FeedForward):
         self.down_proj = nn.Linear(inner, config.hidden_size, bias=options.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, AuxiliaryRecord | None]:
-        gate, up = (self.gate_proj(x), self.up_proj(x)) if self.joint is None else self.joint(x)
-        return self.down_proj(self.sub_norm(self.activation(gate) * up)), None
+        if self.joint is None:
+            inner = self.activation(self.gate_proj(x)) * self.up_proj(x)
+        else:
+            gate, up = self.joint(x)
+            inner = swiglu(gate, up) if self.activation is ACTIVATIONS["silu"] else self.activation(gate) * up
+        return self.down_proj(self.sub_norm(inner)), None
 
     def flops_per_token(self) -> float:
         return 2.0 * (self.gate_proj.weight.numel() + self.up_proj.weight.numel() + self.down_proj.weight.numel())

@@ -1,0 +1,40 @@
+"""SwiGLU's product of whole tensors and of slices of one."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from farspan.errors import ShapeError
+from farspan.ops import _backend
+from farspan.ops.swiglu.api import swiglu
+from tests import tolerances
+from tests.ops.checks import assert_close
+from tests.ops.conftest import INTERPRETED
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] if INTERPRETED else [torch.float64])
+@pytest.mark.parametrize("how", ["whole", "slices", "transposed"])
+def test_product(how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "triton_reason", lambda *_: None)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    if how == "whole":
+        gate, up = draw(2, 3, 700), draw(2, 3, 700)
+    elif how == "slices":
+        gate, up = draw(2, 3, 1400).split(700, dim=-1)
+    else:
+        gate, up = draw(3, 2, 700).transpose(0, 1), draw(2, 700, 3).transpose(1, 2)
+    got = swiglu(gate, up, backend="triton" if INTERPRETED else "torch")
+    tolerance = {torch.float64: tolerances.FLOAT64, torch.float32: tolerances.FLOAT32, torch.float16: 2e-3}[dtype]
+    assert_close(got, F.silu(gate.double()) * up.double(), tolerance)
+    assert got.dtype == dtype
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs no kernel")
+def test_shapes_have_to_agree() -> None:
+    with pytest.raises(ShapeError, match="up has shape"):
+        swiglu(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4))
