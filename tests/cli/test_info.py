@@ -8,8 +8,10 @@ import torch
 
 from farspan.cli.info import _bytes, _ranges, count_parameters, describe_machine
 from farspan.cli.main import main
+from farspan.errors import CheckpointError
+from farspan.evaluation.loading import load_model
 from farspan.mixers.softmax import SoftmaxMixer
-from farspan.models import FarspanConfig, FarspanForCausalLM
+from farspan.models import FarspanConfig, FarspanForCausalLM, FarspanForMaskedLM
 
 
 def found(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
@@ -57,6 +59,30 @@ def test_model_directory(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert model["trained_on"]["corpus"]["fingerprint"] == run["corpus"]["fingerprint"]
     assert main(["info", str(tiny_run)]) == 0
     assert f"total {run['parameters']:,}" in capsys.readouterr().out
+
+
+def test_a_model_that_writes_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "mixers": ["cosine"], "causal": False}
+    model = FarspanForMaskedLM(FarspanConfig(**sizes, num_hidden_layers=2, pooler=True))
+    model.save_pretrained(tmp_path)
+    described = found(capsys, str(tmp_path))
+    assert described["architecture"] == "FarspanForMaskedLM"
+    assert described["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert set(described["cache_bytes"].values()) == {None}
+    assert all(flops > 0 for flops in described["flops_per_token"].values())
+    assert main(["info", str(tmp_path)]) == 0
+    assert "writes no text" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match="FarspanForMaskedLM, which writes no text"):
+        load_model(tmp_path)
+
+
+def test_an_unknown_architecture_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = FarspanConfig(vocab_size=50, hidden_size=16, num_attention_heads=2)
+    FarspanForCausalLM(config).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, "architectures": ["FarspanForMasked"]}))
+    assert main(["info", str(tmp_path)]) == 2
+    assert "FarspanForMaskedLM" in capsys.readouterr().err
 
 
 def test_a_tied_head_counts_once() -> None:

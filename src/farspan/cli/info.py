@@ -9,9 +9,10 @@ import tyro
 from rich.table import Table
 
 from farspan.cli import _output
+from farspan.errors import CheckpointError, nearest
 
 if TYPE_CHECKING:
-    from farspan.models import FarspanForCausalLM
+    from farspan.models.modeling import FarspanPreTrainedModel
 
 _DESCRIPTION = """Show versions, devices, operators with their backends (and why one is unavailable), mixers and
 feed-forwards; or, given a model directory, describe the model: its layers, parameters, memory and cost.
@@ -99,18 +100,26 @@ def describe_model(directory: Path) -> dict[str, Any]:
 
     import torch
 
+    import farspan.models
     from farspan.models import FarspanForCausalLM
+    from farspan.models.blocks import FarspanBlock
     from farspan.models.decoding import growing_memories
 
     config = load_config(directory)
+    architecture = (config.architectures or ["FarspanForCausalLM"])[0]
+    if architecture not in farspan.models.__all__:
+        known = nearest(architecture, farspan.models.__all__)
+        raise CheckpointError(f"{directory}/config.json names the architecture {architecture!r}: {known}")
     with torch.device("meta"):
-        model = FarspanForCausalLM(config)
+        model = getattr(farspan.models, architecture)(config)
+    writes = isinstance(model, FarspanForCausalLM)
     trained, run = trained_length(directory, config), read_run(directory)
     lengths = sorted({trained, *_LENGTHS})
     dtype = getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
-    blocks = [block.mixer for block in model.model.blocks]
+    blocks = [module.mixer for module in model.modules() if isinstance(module, FarspanBlock)]
     return {
         "directory": str(directory),
+        "architecture": architecture,
         "name": run.get("name", directory.resolve().name),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -121,8 +130,10 @@ def describe_model(directory: Path) -> dict[str, Any]:
         ],
         "parameters": count_parameters(model),
         "trained_length": trained,
-        "grows_while_decoding": growing_memories(model),
-        "cache_bytes": {length: sum(mixer.state_bytes(length, dtype) for mixer in blocks) for length in lengths},
+        "grows_while_decoding": growing_memories(model) if writes else None,
+        "cache_bytes": {
+            length: sum(mixer.state_bytes(length, dtype) for mixer in blocks) if writes else None for length in lengths
+        },
         "flops_per_token": {length: model.flops_per_token(length) for length in lengths},
         "trained_on": {
             name: run[name] for name in ("corpus", "step", "tokens", "bits_per_byte", "versions") if name in run
@@ -130,16 +141,23 @@ def describe_model(directory: Path) -> dict[str, Any]:
     }
 
 
-def count_parameters(model: "FarspanForCausalLM") -> dict[str, int]:
+def count_parameters(model: "FarspanPreTrainedModel") -> dict[str, int]:
     """Parameters by part; a head that is the embedding counts once, as embedding."""
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        part = next((part for key, part in _PARTS.items() if key in name), "norms")
+        part = next(part for key, part in _PARTS.items() if key in name)
         counts[part] = counts.get(part, 0) + parameter.numel()
     return {**counts, "total": sum(counts.values())}
 
 
-_PARTS = {"embed_tokens": "embedding", "lm_head": "head", ".mixer.": "mixers", ".feed_forward.": "feed-forwards"}
+_PARTS = {
+    ".mixer.": "mixers",
+    ".feed_forward.": "feed-forwards",
+    "norm": "norms",
+    "residual": "norms",
+    "embed": "embedding",
+    "": "head",
+}
 
 
 def _show_machine(found: dict[str, Any]) -> None:
@@ -194,15 +212,16 @@ def _show_model(found: dict[str, Any]) -> None:
     if trained_on.get("bits_per_byte"):
         rows["bits per byte"] = f"{trained_on['bits_per_byte']:.4f} on the valid split"
     growing = found["grows_while_decoding"]
-    rows["decoding"] = (
-        f"step by step (the memory of {', '.join(growing)} does not stay in one place)"
-        if growing
-        else "on a GPU one captured CUDA graph a token, on the CPU step by step"
-    )
+    if growing is None:
+        rows["decoding"] = f"none: {found['architecture']} writes no text"
+    elif growing:
+        rows["decoding"] = f"step by step (the memory of {', '.join(growing)} does not stay in one place)"
+    else:
+        rows["decoding"] = "on a GPU one captured CUDA graph a token, on the CPU step by step"
     _rows(rows)
     table = _table("context length", "memory while decoding", "forward FLOP per token")
     for length, size in found["cache_bytes"].items():
-        table.add_row(f"{length:,}", _bytes(size), f"{found['flops_per_token'][length]:.3g}")
+        table.add_row(f"{length:,}", "" if size is None else _bytes(size), f"{found['flops_per_token'][length]:.3g}")
     _output.out.print(table)
 
 

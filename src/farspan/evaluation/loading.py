@@ -97,6 +97,11 @@ def load_model(
     from farspan.models import FarspanForCausalLM
 
     config = load_config(directory)
+    if config.architectures not in (None, [], ["FarspanForCausalLM"]):
+        raise CheckpointError(
+            f"{directory} holds a {', '.join(config.architectures)}, which writes no text; load it with "
+            "AutoModel classes of transformers after `import farspan`."
+        )
     try:
         with _quiet():
             model, found = FarspanForCausalLM.from_pretrained(
