@@ -123,7 +123,7 @@ class FarspanForMaskedLM(FarspanPreTrainedModel):
             cu_seqlens: `[num_seqs + 1]` int32 boundaries of documents packed in one row.
             context_length: the length that scaled positions plan for; None is this call's largest position + 1.
             output_hidden_states: whether to return the input of each layer and the final state.
-            output_attentions: True is refused: there are no attention weights to return.
+            output_attentions: as in `FarspanForCausalLM`.
             output_logits: False leaves the logits out; transform and head then run on scored places alone, and the loss
                 is computed in chunks that never hold all their logits.
             num_items_in_batch: divisor of the loss instead of the number of scored labels (gradient accumulation).
@@ -136,7 +136,7 @@ class FarspanForMaskedLM(FarspanPreTrainedModel):
 
         Raises:
             ShapeError: for inputs that do not fit each other.
-            ConfigError: for `output_attentions=True`, and for `next_sentence_label` without such a head.
+            ConfigError: for attention weights that do not exist, and for `next_sentence_label` without such a head.
         """
         refuse_unknown(self.forward, more)
         if next_sentence_label is not None and self.next_sentence_head is None:
@@ -182,6 +182,7 @@ class FarspanForMaskedLM(FarspanPreTrainedModel):
             loss=torch.stack([*losses.values()]).sum() if losses else None,
             logits=logits,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             seq_relationship_logits=relation,
             mlm_loss=losses.get("mlm_loss"),
             nsp_loss=losses.get("nsp_loss"),
@@ -248,7 +249,7 @@ class _Classifier(FarspanPreTrainedModel):
             context_length: the length that scaled positions plan for; None is this call's largest position + 1.
             use_cache: without effect; a classifier reads its input once.
             output_hidden_states: whether to return the input of each layer and the final state.
-            output_attentions: True is refused: there are no attention weights to return.
+            output_attentions: as in `FarspanForCausalLM`.
             num_items_in_batch: divisor of the loss instead of the number of scored labels (gradient accumulation).
             return_dict: False returns a tuple.
             more: what tokenizers and collators add for other models (`special_tokens_mask` and the like) is ignored,
@@ -259,7 +260,7 @@ class _Classifier(FarspanPreTrainedModel):
 
         Raises:
             ShapeError: for inputs that do not fit each other.
-            ConfigError: for `output_attentions=True`.
+            ConfigError: for attention weights that do not exist.
         """
         refuse_unknown(self.forward, more)
         outputs = self.model(
@@ -286,6 +287,7 @@ class _Classifier(FarspanPreTrainedModel):
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             aux_loss=outputs.aux_loss,
             auxiliary=outputs.auxiliary,
         )
