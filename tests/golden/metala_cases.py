@@ -12,6 +12,7 @@ from farspan.models.convert.metala import mixer_entries, neox_layer_entries
 from farspan.models.convert.names import to_ours
 from farspan.ops import gated_linear_attention
 from tests.golden.case import Case
+from tests.golden.model_cases import gradients, published_model
 
 
 def gated_linear_attention_op(case: Case) -> None:
@@ -107,6 +108,45 @@ def neox_layer(case: Case) -> None:
     input_gradient = {"input.x": theirs.pop("input.x")}
     ours = {name: p.grad for name, p in block.named_parameters() if p.grad is not None} | {"input.x": x.grad}
     case.close_gradients(ours, to_ours(theirs, entries, partial=True) | input_gradient)
+
+
+def hf_lm(case: Case) -> None:
+    """Losses and gradients; then the prompt at once and, greedily, what follows, with the memory.
+
+    The published code updates the inputs of the convolution in place: those that it recorded for the prompt are the
+    ones after the last step.
+    """
+    model, entries = published_model(case, "metala")
+    ids, mask = case.inputs["input_ids"], case.inputs["attention_mask"]
+    out = model(**case.inputs)
+    case.close("logits", out.logits, case.outputs["logits_train"], mask)
+    case.close("loss", out.loss.reshape(1), case.outputs["loss"])
+    out.loss.backward()
+    ours = gradients(model, entries)
+    # The published embedding never learns its padding row; ours does where the state of a pad predicts a token.
+    ours["model.embed_tokens.weight"][model.config.pad_token_id] = 0
+    case.close_gradients(ours, case.grads)
+    with torch.no_grad():
+        cache = model.new_cache()
+        out = model(ids, attention_mask=mask, past_key_values=cache)
+        case.close("prompt", out.logits, case.outputs["prefill_logits"], mask)
+        for i, memory in enumerate(cache.layers):
+            case.close(f"state {i}", memory.get("recurrent"), case.outputs[f"prefill_state.{i}"])
+        step, last = 0, out.logits[:, -1:]
+        while f"decode_logits.{step}" in case.outputs:
+            token = last.argmax(-1)
+            assert token.flatten().equal(case.outputs["generated_ids"][:, ids.shape[1] + step]), f"token {step}"
+            last = model(token, past_key_values=cache).logits
+            case.close(f"step {step}", last, case.outputs[f"decode_logits.{step}"])
+            step += 1
+        for i, memory in enumerate(cache.layers):
+            case.close(f"inputs {i}", memory.get("convolution"), case.outputs[f"prefill_conv_state.{i}"])
+        written = case.outputs["generated_ids"].shape[1] - ids.shape[1]
+        assert written - 1 <= step <= written
+        generated = model.generate(
+            ids, attention_mask=mask, max_new_tokens=written, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    assert generated.equal(case.outputs["generated_ids"])
 
 
 def _mixer(case: Case, width: int, heads: int) -> tuple[MetaLAMixer, list]:

@@ -46,6 +46,7 @@ RUNNERS: dict[str, Callable[[Case], None]] = {
     "longnet.xpos_and_relative_bias": longnet_cases.xpos_and_relative_bias,
     "metala.hf.mixer": metala_cases.hf_mixer,
     "metala.hf.decode": metala_cases.hf_decode,
+    "metala.hf.lm": metala_cases.hf_lm,
     "metala.neox.layer": metala_cases.neox_layer,
     "ssd.cheems.layer": ssd_cases.cheems_layer,
     "ssd.seed.module": ssd_cases.seed_module,
@@ -72,7 +73,6 @@ PENDING = frozenset(
         "longnet.encoder",
         "longnet.kyegomez.regression",
         "longvit.classifier",
-        "metala.hf.lm",
         "task.sample",
     ]
 )
