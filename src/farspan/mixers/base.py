@@ -35,6 +35,7 @@ class Mixer(nn.Module):
     Attributes:
         bidirectional: whether `config.causal=False` is supported.
         operators: names of the operators it calls, whose backends decide where it is fast (`farspan info`).
+        attention_weights: whether it can say how much a query reads of every key (`SequenceLayout.observed`).
         shards: how it runs when a sequence is cut over ranks: `"state"` (passes boundary states), `"keys"` (gathers
             keys and values) or None (not at all: it then refuses a `sequence_parallel` context).
         no_weight_decay: names of the module's own parameters that the optimiser must not shrink; parameters with
@@ -43,6 +44,7 @@ class Mixer(nn.Module):
 
     bidirectional: ClassVar[bool] = False
     operators: ClassVar[tuple[str, ...]] = ()
+    attention_weights: ClassVar[bool] = False
     shards: ClassVar[Literal["state", "keys"] | None] = None
     no_weight_decay: tuple[str, ...] = ()
 

@@ -61,6 +61,7 @@ class CollinearMixer(Mixer):
     """
 
     bidirectional: ClassVar[bool] = True
+    attention_weights: ClassVar[bool] = True
     operators: ClassVar[tuple[str, ...]] = ("collinear_attention",)
 
     def __init__(self, config: MixerShape, options: CollinearOptions, layer_idx: int) -> None:
@@ -101,15 +102,16 @@ class CollinearMixer(Mixer):
             assert isinstance(cache, CoefficientCache)
             fresh = cache.length == 0
             coefficients, values, key_mask, positions = cache.append_at(t, v, layout)
-        if fresh:
+        table = self._rotary(layout, None if fresh else positions)
+
+        def attend(values: Tensor) -> Tensor:
+            if not fresh:
+                return self._attend(q, coefficients, values, *table, key_mask=key_mask)
             # Without a past, padding and packing are one case: real tokens side by side, no T×T mask.
-            out = self._attend(
-                *(layout.pack(part) for part in (q, t, v, *self._rotary(layout))), cu_seqlens=layout.sequences()
-            )
-            out = layout.unpack(out)
-        else:
-            out = self._attend(q, coefficients, values, *self._rotary(layout, positions), key_mask=key_mask)
-        return self.o_proj(out.flatten(2))
+            packed = (layout.pack(part) for part in (q, t, values, *table))
+            return layout.unpack(self._attend(*packed, cu_seqlens=layout.sequences()))
+
+        return self.o_proj(layout.observed(attend, v if fresh else values).flatten(2))
 
     def _attend(self, q: Tensor, t: Tensor, v: Tensor, cos: Tensor, sin: Tensor, **visibility: Any) -> Tensor:
         options = self.options

@@ -105,6 +105,7 @@ class DilatedMixer(Mixer):
     """
 
     bidirectional: ClassVar[bool] = True
+    attention_weights: ClassVar[bool] = True
     operators: ClassVar[tuple[str, ...]] = ("dilated_attention",)
     no_weight_decay = ("relative_bias",)
 
@@ -163,13 +164,12 @@ class DilatedMixer(Mixer):
         assert cache is None or isinstance(cache, DilatedCache)
         past = 0 if cache is None else cache.length
         settings = self._settings(past + x.shape[1], x.device)
-        if past and cache is not None:
-            out = cache.attend(q, k, v, layout.padding_mask, settings)
-        else:
+
+        def attend(values: Tensor) -> Tensor:
             packed = dilated_attention(
                 layout.pack(q),
                 layout.pack(k),
-                layout.pack(v),
+                layout.pack(values),
                 segment_lengths=self.options.segment_lengths,
                 dilations=self.options.dilations,
                 head_offset=self.options.head_offset,
@@ -182,7 +182,12 @@ class DilatedMixer(Mixer):
                 pad_mode=self.options.pad_mode,
                 cu_seqlens=layout.sequences(),
             )
-            out = layout.unpack(packed)
+            return layout.unpack(packed)
+
+        if past and cache is not None:
+            out = cache.attend(q, k, v, layout.padding_mask, settings)
+        else:
+            out = layout.observed(attend, v)
             if cache is not None:
                 cache.write(k, v, layout.padding_mask)
         return self.o_proj(self.sub_norm(out.flatten(2)))

@@ -105,6 +105,7 @@ class DynamicMaskMixer(Mixer):
     """
 
     bidirectional: ClassVar[bool] = True
+    attention_weights: ClassVar[bool] = True
     operators: ClassVar[tuple[str, ...]] = ("dynamic_mask_attention",)
     no_weight_decay = ("bias_scale",)
 
@@ -166,12 +167,17 @@ class DynamicMaskMixer(Mixer):
         elif isinstance(cache, BiasedKeyCache):
             keys, values, key_mask, more = cache.append_with(k, v, layout.padding_mask, bias=bias, ranking=ranking)
             held = (keys, values, more["bias"], more["ranking"])
-        if past:
-            out = self._attend(q, *held, select=select, key_mask=key_mask)
-        else:
+
+        def attend(values: Tensor) -> Tensor:
+            if past:
+                return self._attend(q, held[0], values, *held[2:], select=select, key_mask=key_mask)
             # Without a past, padding and packing are one case: real tokens side by side.
-            packed = (layout.pack(part) for part in (q, k, v, bias, ranking))
-            out = layout.unpack(self._attend(*packed, select=select, cu_seqlens=layout.sequences()))
+            packed = (layout.pack(part) for part in (q, k, values, bias, ranking))
+            return layout.unpack(self._attend(*packed, select=select, cu_seqlens=layout.sequences()))
+
+        # The slots of a live cache stand in no order that weights could be reported in.
+        slots = past and isinstance(cache, LiveKeyCache)
+        out = attend(held[1]) if slots else layout.observed(attend, held[1] if past else v)
         return self.o_proj(out.flatten(2))
 
     def project(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,12 +22,14 @@ class SequenceLayout:
         cu_seqlens: `[num_seqs + 1]` int32 document boundaries when documents are packed in one row (B = 1); else None.
         context_length: number of positions that a length-dependent position scaling plans for; None is the largest
             position here, plus 1.
+        attentions: where to collect the attention weights of this pass, layer after layer; None does not form them.
     """
 
     positions: Tensor
     padding_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     context_length: int | None = None
+    attentions: list[Tensor] | None = None
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def once(self, key: Hashable, compute: Callable[[], Value]) -> Value:
@@ -97,6 +99,31 @@ class SequenceLayout:
         if bounds is None:
             return self.positions.new_full(self.positions.shape[:1], self.positions.shape[1])
         return bounds.diff().long()
+
+    def observed(self, attend: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+        """`attend(values)`; where attention weights are wanted, in the form that shows them.
+
+        An attention is linear in its values, so that unit values give the weight of every key. The output is then
+        formed from the weights, for gradients to pass through them.
+
+        Args:
+            attend: `[B, S, G, V]` → `[B, T, H, V]` for any V; linear, with the same weights at each call.
+            values: `[B, S, G, V]`.
+
+        Returns:
+            `[B, T, H, V]`. The weights `[B, H, T, S]` are appended to `attentions`.
+
+        Cost:
+            As `attend`; with weights O(T·S²) per head.
+        """
+        if self.attentions is None:
+            return attend(values)
+        rows, keys, groups = values.shape[:3]
+        unit = torch.eye(keys, dtype=values.dtype, device=values.device)[:, None].expand(rows, -1, groups, -1)
+        weights = attend(unit).transpose(1, 2)
+        self.attentions.append(weights)
+        shared = values.repeat_interleave(weights.shape[1] // groups, dim=2)
+        return (weights @ shared.transpose(1, 2)).transpose(1, 2)
 
     def _real(self) -> Tensor:
         mask = self.padding_mask

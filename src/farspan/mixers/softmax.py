@@ -61,6 +61,7 @@ class SoftmaxMixer(Mixer):
     """
 
     bidirectional: ClassVar[bool] = True
+    attention_weights: ClassVar[bool] = True
     operators: ClassVar[tuple[str, ...]] = ("softmax_attention",)
 
     def __init__(self, config: MixerShape, options: SoftmaxOptions, layer_idx: int) -> None:
@@ -115,22 +116,16 @@ class SoftmaxMixer(Mixer):
             assert isinstance(cache, KeyValueCache)
             fresh = cache.length == 0
             keys, values, key_mask = cache.append(k, v, layout.padding_mask)
-        if fresh:
+        settings: dict[str, Any] = {"causal": self.causal, "window": window, "dropout": dropout}
+
+        def attend(values: Tensor) -> Tensor:
+            if not fresh:
+                return softmax_attention(q, keys, values, key_mask=key_mask, **settings)
             # Without a past, padding and packing are one case: real tokens side by side, no T×T mask.
-            out = softmax_attention(
-                layout.pack(q),
-                layout.pack(k),
-                layout.pack(v),
-                causal=self.causal,
-                window=window,
-                cu_seqlens=layout.sequences(),
-                dropout=dropout,
-            )
-            out = layout.unpack(out)
-        else:
-            out = softmax_attention(
-                q, keys, values, causal=self.causal, window=window, key_mask=key_mask, dropout=dropout
-            )
+            packed = (layout.pack(part) for part in (q, k, values))
+            return layout.unpack(softmax_attention(*packed, cu_seqlens=layout.sequences(), **settings))
+
+        out = layout.observed(attend, v if fresh else values)
         return self.o_proj(self.sub_norm(out.flatten(2)))
 
     def new_cache(self) -> LayerCache:

@@ -18,7 +18,9 @@ from farspan.nn.losses import IGNORE_INDEX, chunked_cross_entropy, scored_share
 
 @dataclass
 class FarspanCausalLMOutput(CausalLMOutputWithPast):
-    """Loss, logits, cache and hidden states; `aux_loss` is already part of `loss`. `auxiliary` as in the stack's."""
+    """Loss, logits, cache, hidden states and attentions; `aux_loss` is already part of `loss`, `auxiliary` as in the
+    stack's.
+    """
 
     aux_loss: Tensor | None = None
     auxiliary: tuple[AuxiliaryRecord | None, ...] | None = None
@@ -89,21 +91,23 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
                 first call), or this call's largest position + 1.
             use_cache: whether to return a cache (never in training mode unless one is passed).
             output_hidden_states: whether to return the input of each layer and the final state.
-            output_attentions: True is refused: there are no attention weights to return.
+            output_attentions: whether to return the weights `[B, H, T, S]` of every layer whose mixer has them
+                (softmax, collinear, dynamic mask, dilated); costs O(T·S²) per head. Evicting caches know no places to
+                report weights for; use `use_cache=False` with them. Refused where no layer has weights.
             output_logits: False leaves the logits out; the loss is then computed in chunks that never hold them all.
             logits_to_keep: number of last positions to form logits for (0 is all), or an index tensor.
             num_items_in_batch: divisor of the loss instead of the number of scored labels (gradient accumulation).
             return_dict: False returns a tuple.
-            more: `shift_labels`, `[B, T]`, already aligned: position t is scored against `shift_labels[t]`; they replace
-                `labels`. What tokenizers and collators add for other models (`special_tokens_mask` and the like) is
-                ignored, any other name refused.
+            more: `shift_labels`, `[B, T]`, already aligned: position t is scored against `shift_labels[t]`; they
+                replace `labels`. What tokenizers and collators add for other models (`special_tokens_mask` and the
+                like) is ignored, any other name refused.
 
         Returns:
             `FarspanCausalLMOutput`.
 
         Raises:
             ShapeError: for inputs that do not fit each other.
-            ConfigError: for `output_attentions=True` and for caches of other classes.
+            ConfigError: for attention weights that do not exist and for caches of other classes.
         """
         # Not a named argument: the Trainer takes every argument called label for a column that evaluation needs.
         shift_labels = more.pop("shift_labels", None)
@@ -148,21 +152,11 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             aux_loss=outputs.aux_loss,
             auxiliary=outputs.auxiliary,
         )
         return output if return_dict is not False else output.to_tuple()
-
-    def flops_per_token(self, length: int) -> float:
-        """Forward operations per token (2 per multiply-add), averaged over a causal sequence of `length` tokens.
-
-        Counts mixers, feed-forwards and the head; a training step costs about three times as much, four times with
-        activation checkpointing.
-        """
-        layers = sum(
-            block.mixer.flops_per_token(length) + block.feed_forward.flops_per_token() for block in self.model.blocks
-        )
-        return layers + 2.0 * self.config.hidden_size * self.config.vocab_size
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *unused: Any, **also_unused: Any

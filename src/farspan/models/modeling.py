@@ -46,6 +46,17 @@ class FarspanPreTrainedModel(PreTrainedModel):
         elif callable(reset := getattr(module, "reset_parameters", None)):
             reset()
 
+    def flops_per_token(self, length: int) -> float:
+        """Forward operations per token (2 per multiply-add), averaged over a sequence of `length` tokens.
+
+        Counts mixers, feed-forwards and a head over the vocabulary; a training step costs about three times as much,
+        four times with activation checkpointing.
+        """
+        blocks = [module for module in self.modules() if isinstance(module, FarspanBlock)]
+        layers = sum(block.mixer.flops_per_token(length) + block.feed_forward.flops_per_token() for block in blocks)
+        head = getattr(self, "lm_head", None)
+        return layers + (2.0 * head.weight.numel() if isinstance(head, nn.Linear) else 0.0)
+
 
 @dataclass
 class FarspanModelOutput(BaseModelOutputWithPast):
@@ -120,10 +131,11 @@ class FarspanModel(FarspanPreTrainedModel):
     ) -> FarspanModelOutput | tuple:
         """Runs the stack; see `FarspanForCausalLM.forward` for the arguments."""
         refuse_unknown(self.forward, more)
-        if self.config.output_attentions if output_attentions is None else output_attentions:
+        observe = self.config.output_attentions if output_attentions is None else output_attentions
+        if observe and not any(block.mixer.attention_weights for block in self.blocks):
             raise ConfigError(
-                "output_attentions=True: Farspan returns no attention weights. State-based mixers have none, and "
-                "softmax runs in fused kernels that do not form them; leave output_attentions out."
+                f"output_attentions=True: {', '.join(dict.fromkeys(self.config.mixers))} have no attention weights; "
+                "leave it out."
             )
         x = self._tokens(input_ids, inputs_embeds)
         rows, length = x.shape[:2]
@@ -136,6 +148,8 @@ class FarspanModel(FarspanPreTrainedModel):
         layout = layout_of(
             (rows, length), x.device, attention_mask, position_ids, cu_seqlens, past_key_values, context_length
         )
+        if observe:
+            layout.attentions = []
         seen = 0 if past_key_values is None else past_key_values.tokens_seen
         x = self._embed(x, token_type_ids, layout, seen + length if position_ids is None else None)
 
@@ -147,6 +161,11 @@ class FarspanModel(FarspanPreTrainedModel):
             records.append(aux)
             if states is not None and i + 1 < len(self.layers):
                 states.append(x)
+        if observe and len(layout.attentions or ()) != sum(block.mixer.attention_weights for block in self.blocks):
+            raise ConfigError(
+                "output_attentions=True: a layer's cache has evicted keys and knows no places to report weights for; "
+                "use use_cache=False, or leave output_attentions out."
+            )
         x = self.norm(x)
         if states is not None:
             states.append(x)
@@ -157,6 +176,7 @@ class FarspanModel(FarspanPreTrainedModel):
             last_hidden_state=x,
             past_key_values=past_key_values,
             hidden_states=None if states is None else tuple(states),
+            attentions=None if layout.attentions is None else tuple(layout.attentions),
             pooler_output=None if self.pooler is None else self.pooler(pool(x, layout, "first")).tanh(),
             aux_loss=torch.stack(losses).sum() if losses else None,
             auxiliary=tuple(records) if any(records) else None,
