@@ -333,3 +333,18 @@ def test_a_causal_model_lends_its_stack(tmp_path: Any) -> None:
         assert report["missing_keys"] == new and not report["mismatched_keys"]
         for name, x in source.model.state_dict().items():
             assert torch.equal(model.model.state_dict()[name], x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_is_one_graph(head: type[FarspanPreTrainedModel]) -> None:
+    model, tokens = tiny(head, mixers=["cosine", "ssd", "cosine"], causal=False), ids(2, 9)
+    labels, mask = labels_for(head, tokens), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+
+    def loss(tokens: Tensor) -> Tensor:
+        return model(tokens, attention_mask=mask, labels=labels).loss
+
+    want = loss(tokens)
+    torch._dynamo.reset()
+    assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(tokens), want)
