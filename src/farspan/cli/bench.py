@@ -61,10 +61,15 @@ def run(argv: list[str]) -> int:
         SystemExit: From the argument parser, after it has printed help (0) or a message (2).
     """
     if not argv or argv[0] in ("-h", "--help"):
-        _output.out.print("usage: farspan bench model PRESET [options]", highlight=False, markup=False)
+        for line in ("model PRESET  training, prefill and decoding", "ops [NAME …]  operators and peers"):
+            _output.out.print(f"usage: farspan bench {line}", highlight=False, markup=False)
         return 0 if argv else 2
+    if argv[0] == "ops":
+        from farspan.cli.bench_ops import run as run_ops
+
+        return run_ops(argv)
     if argv[0] != "model":
-        return _output.fail(f"unknown command 'bench {argv[0]}': {nearest(argv[0], ['model'])}")
+        return _output.fail(f"unknown command 'bench {argv[0]}': {nearest(argv[0], ['model', 'ops'])}")
     options = tyro.cli(_Model, args=argv[1:], prog="farspan bench model", description=_MODEL)
     return _bench_model(options, argv)
 
@@ -97,18 +102,11 @@ def _bench_model(options: _Model, argv: Sequence[str]) -> int:
 
     import torch
 
-    from farspan.evaluation.environment import gpus, processor, versions
     from farspan.evaluation.loading import choose_device
     from farspan.models import FarspanForCausalLM
 
     device = choose_device(options.device)
-    results: dict[str, Any] = {
-        "command": shlex.join(["farspan", "bench", *argv]),
-        "versions": versions(),
-        "device": gpus()[device.index or 0] if device.type == "cuda" else processor(),
-        "training": [],
-        "decoding": [],
-    }
+    results: dict[str, Any] = {**origin(argv, device), "training": [], "decoding": []}
     makers: dict[str, Callable[[], Any]] = {options.preset: lambda: FarspanForCausalLM(preset)}
     if options.llama:
         makers["transformers LLaMA"] = lambda: _llama(preset)
@@ -121,12 +119,28 @@ def _bench_model(options: _Model, argv: Sequence[str]) -> int:
         results["decoding"] = _decode(options.preset, model, shapes[1], options)
     _show(results)
     if options.json is not None:
-        from farspan.data import _files
-
-        with _files.writing(options.json):
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-        _files.write_bytes(options.json, (json.dumps(results, indent=2) + "\n").encode())
+        write(options.json, (json.dumps(results, indent=2) + "\n").encode())
     return 0
+
+
+def origin(argv: Sequence[str], device: Any) -> dict[str, Any]:
+    """What figures depend on: the command, versions and the device."""
+    from farspan.evaluation.environment import gpus, processor, versions
+
+    return {
+        "command": shlex.join(["farspan", "bench", *argv]),
+        "versions": versions(),
+        "device": gpus()[device.index or 0] if device.type == "cuda" else processor(),
+    }
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, and the directories above it."""
+    from farspan.data import _files
+
+    with _files.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    _files.write_bytes(path, content)
 
 
 def _train(

@@ -1,0 +1,78 @@
+"""`farspan bench ops` measures every operator, names what it cannot, and writes what it found."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from farspan.cli.main import main
+from farspan.evaluation.op_cases import CASES, OpCase, Workload, chosen
+from farspan.evaluation.op_speed import op_speed
+
+CPU = torch.device("cpu")
+
+
+def test_every_operator_is_measured_and_every_missing_peer_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, picture = tmp_path / "speed.json", tmp_path / "speed.png"
+    arguments = ["--shapes", "1x16", "2x8", "--repeats", "1", "--device", "cpu"]
+    assert main(["bench", "ops", *arguments, "--json", str(table), "--plot", str(picture)]) == 0
+    found = json.loads(table.read_text())
+    assert {row["operator"] for row in found["speeds"]} == set(CASES)
+    for row in found["speeds"]:
+        if CASES[row["operator"]].missing(CPU) is None:
+            assert row["note"] == ""
+            assert row["forward_ms"] > 0
+            assert row["both_ms"] > 0
+        else:
+            assert row["forward_ms"] is None
+            assert row["note"]
+    assert set(found["ceilings"]) == {"copy_gigabytes_per_second", "matmul_teraflops_per_second"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "metala" in capsys.readouterr().out
+
+
+def test_named_operators_bring_their_peers() -> None:
+    assert set(chosen(("softmax",), True)) == {"softmax", "sdpa flash", "sdpa cudnn"}
+    assert set(chosen(("softmax",), False)) == {"softmax"}
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.peer_of is None])
+def test_every_leaf_has_a_gradient(name: str) -> None:
+    workload = CASES[name].make(2, 8, torch.float32, CPU)
+    workload.call(workload.leaves).sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.shape == leaf.shape for leaf in workload.leaves.values())
+    assert workload.flops > 0
+
+
+def test_rates_follow_from_the_times() -> None:
+    leaves = {"x": torch.ones(4, 250, requires_grad=True)}
+    case = OpCase(lambda *_: Workload(leaves, lambda x: 2 * x["x"], flops=1e6, backward=2.0))
+    speed = op_speed("double", case, 1, 1, torch.float32, CPU, repeats=3)
+    assert speed.gigabytes_per_second == pytest.approx(2 * 4000 / (speed.forward_ms / 1000) / 1e9)
+    assert speed.teraflops_per_second == pytest.approx(3e6 / (speed.both_ms / 1000) / 1e12)
+
+
+def test_what_fails_is_a_note_and_not_the_end() -> None:
+    def fail(*_: object) -> Workload:
+        raise RuntimeError("out of memory\nwith details")
+
+    speed = op_speed("broken", OpCase(fail), 1, 8, torch.float32, CPU)
+    assert (speed.forward_ms, speed.note) == (None, "out of memory")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["metalla"], "did you mean 'metala'"),
+        (["metala", "--shapes", "1*8"], "ROWSxTOKENS"),
+        (["metala", "--shapes", "1x8+checkpoint"], "training steps"),
+        (["metala", "--repeats", "0"], "at least 1"),
+        (["metala", "--plot", "speed.txt"], ".png, .svg or .pdf"),
+    ],
+)
+def test_mistakes(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "ops", *arguments]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
