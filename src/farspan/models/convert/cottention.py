@@ -177,7 +177,7 @@ def write_bert_config(config: FarspanConfig) -> dict[str, Any]:
         "type_vocab_size": config.type_vocab_size,
         "layer_norm_eps": config.norm_eps,
         "hidden_dropout_prob": config.hidden_dropout,
-        "attention_probs_dropout_prob": config.mixer_options[mixer].get("attention_dropout", 0.0),
+        "attention_probs_dropout_prob": config.mixer_options.get(mixer, {}).get("attention_dropout", 0.0),
         "classifier_dropout": config.classifier_dropout,
         "initializer_range": config.initializer_range,
         **published_fields(config),
@@ -220,7 +220,8 @@ def read_gpt_config(published: Published) -> FarspanConfig:
 def write_gpt_config(config: FarspanConfig) -> dict[str, Any]:
     """The inverse of `read_gpt_config`."""
     mixer = config.mixers[0]
-    options = config.mixer_options[mixer]
+    options = config.mixer_options.get(mixer, {})
+    head_dim = config.hidden_size // config.num_attention_heads
     return {
         "architectures": ["GPTJModel" if _architecture(config) == "FarspanModel" else "GPTJForCausalLM"],
         "model_type": "gptj",
@@ -231,7 +232,7 @@ def write_gpt_config(config: FarspanConfig) -> dict[str, Any]:
         "n_layer": config.num_hidden_layers,
         "n_head": config.num_attention_heads,
         "n_positions": config.max_position_embeddings,
-        "rotary_dim": round(options["partial_rotary_factor"] * config.hidden_size / config.num_attention_heads),
+        "rotary_dim": round(options.get("partial_rotary_factor", 1.0) * head_dim),
         "activation_function": published_activation(config.hidden_act),
         "layer_norm_epsilon": config.norm_eps,
         "embd_pdrop": config.embedding_dropout,
