@@ -109,6 +109,20 @@ class KeyValueCache(LayerCache):
         self.length = 0
         self.croppable = window is None
 
+    @property
+    def keys(self) -> Tensor | None:
+        """`[B, G, S, K]`, as the cache layers of transformers show them; None while empty."""
+        return self._shown("keys")
+
+    @property
+    def values(self) -> Tensor | None:
+        """`[B, G, S, V]`, as the cache layers of transformers show them; None while empty."""
+        return self._shown("values")
+
+    def _shown(self, name: str) -> Tensor | None:
+        x = self.tensors.get(name)
+        return None if x is None else x[:, : self.length].transpose(1, 2)
+
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Adds `[B, T, G, K]` keys and `[B, T, G, V]` values of new tokens; returns all that the new queries may see.
 

@@ -8,7 +8,7 @@ from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from farspan.errors import ConfigError
-from farspan.models.cache import FarspanCache
+from farspan.models.cache import FarspanCache, positions_of
 from farspan.models.configuration import FarspanConfig
 from farspan.models.inputs import refuse_unknown
 from farspan.models.modeling import FarspanModel, FarspanPreTrainedModel
@@ -157,6 +157,18 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
             auxiliary=outputs.auxiliary,
         )
         return output if return_dict is not False else output.to_tuple()
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        """Called by `generate`, which counts on from the prompt's last place: padding behind a text counts nothing."""
+        mask = model_kwargs.get("attention_mask")
+        if mask is None:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        return positions_of(mask, tuple(mask.shape), None, mask.device)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Asked by transformers before it would make a cache of its own."""
+        return False
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *unused: Any, **also_unused: Any

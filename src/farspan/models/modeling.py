@@ -29,6 +29,8 @@ class FarspanPreTrainedModel(PreTrainedModel):
     _no_split_modules = ("FarspanBlock",)
     _skip_keys_device_placement = ("past_key_values",)
     _supports_sdpa = True
+    # Of the class: a configuration may be. Each model says what its own layers are.
+    _is_stateful = True
 
     def __init__(self, config: FarspanConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -134,8 +136,8 @@ class FarspanModel(FarspanPreTrainedModel):
         observe = self.config.output_attentions if output_attentions is None else output_attentions
         if observe and not any(block.mixer.attention_weights for block in self.blocks):
             raise ConfigError(
-                f"output_attentions=True: {', '.join(dict.fromkeys(self.config.mixers))} have no attention weights; "
-                "leave it out."
+                f"output_attentions=True: the mixers of this model ({', '.join(dict.fromkeys(self.config.mixers))}) "
+                "have no attention weights; leave it out."
             )
         x = self._tokens(input_ids, inputs_embeds)
         rows, length = x.shape[:2]
