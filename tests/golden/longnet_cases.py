@@ -5,16 +5,17 @@ from torch import Tensor
 
 from farspan.mixers import SequenceLayout
 from farspan.mixers.dilated import DilatedMixer, DilatedOptions
+from farspan.models.blocks import FarspanBlock
 from farspan.models.configuration import FarspanConfig
 from farspan.models.convert.longnet import attention_entries, relative_bias_entries
 from farspan.models.convert.names import to_ours, to_published
+from farspan.models.presets.longnet import TORCHSCALE
 from farspan.nn.positions import apply_xpos, relative_position_bias, relative_position_bucket, xpos_scales
 from farspan.ops import dilated_attention
 from farspan.ops.dilated.patterns import DilatedSettings
 from farspan.ops.dilated.reference import pattern_outputs, with_zero_keys
 from tests.golden.case import Case
-
-RELEASED = {"head_offset": "block", "pad_mode": "zero_keys", "detach_mixture_weights": True}
+from tests.golden.model_cases import gradients, published_model
 
 
 def operator(case: Case) -> None:
@@ -29,7 +30,7 @@ def operator(case: Case) -> None:
             causal=config["is_causal"],
             scale=config["scale"],
             backend=backend,
-            **RELEASED,
+            **TORCHSCALE,
         )
         case.close(f"o ({backend})", out, case.outputs["o"])
         loss = (out * case.inputs["loss_weight"]).sum()
@@ -44,7 +45,7 @@ def operator(case: Case) -> None:
             dilations=dilations,
             causal=config["is_causal"],
             scale=config["scale"],
-            **RELEASED,
+            **TORCHSCALE,
         )
         case.close("o (fused)", fused, case.outputs["o"])
         settings = DilatedSettings(
@@ -72,7 +73,7 @@ def attention(case: Case) -> None:
         attention_bias=True,
         sub_norm=config["subln"],
         norm_eps=config["layernorm_eps"],
-        **RELEASED,
+        **TORCHSCALE,
     )
     shape = FarspanConfig(
         vocab_size=1, hidden_size=width, num_attention_heads=heads, mixers=["dilated"], causal=config["is_causal"]
@@ -128,3 +129,37 @@ def xpos_and_relative_bias(case: Case) -> None:
         distance = torch.arange(bias.shape[-1]) - torch.arange(bias.shape[-2]).unsqueeze(1)
         dense = table[:, bias.shape[-1] - 1 + distance].repeat(len(bias) // config["n_heads"], 1, 1)
         case.close(f"bias {name}", dense, bias)
+
+
+def decoder_lm(case: Case) -> None:
+    """Hidden states are those of the embedding and of every layer, before the last norm."""
+    model, entries = published_model(case, "longnet-decoder")
+    ids, outputs = case.inputs["input_ids"], _layer_outputs(model.model.blocks)
+    out = model(ids, labels=ids, output_hidden_states=True)
+    for i, hidden in enumerate([out.hidden_states[0], *outputs]):
+        case.close(f"hidden {i}", hidden, case.outputs[f"hidden.{i}"])
+    assert f"hidden.{len(outputs) + 1}" not in case.outputs
+    case.close("logits", out.logits, case.outputs["logits"])
+    case.close("loss", out.loss.reshape(1), case.outputs["loss"])
+    out.loss.backward()
+    case.close_gradients(gradients(model, entries), case.grads)
+
+
+def encoder(case: Case) -> None:
+    """The published encoder zeroes padded inputs and then takes them for tokens: here they are tokens of zeros."""
+    model, entries = published_model(case, "longnet-encoder")
+    x, real = case.inputs["x"].clone().requires_grad_(), ~case.inputs["encoder_padding_mask"]
+    out = model(inputs_embeds=x * real.unsqueeze(-1)).last_hidden_state
+    case.close("encoder_out", out, case.outputs["encoder_out"], real)
+    loss = (out * case.inputs["loss_weight"]).sum()
+    case.close("loss", loss.reshape(1), case.outputs["loss"])
+    loss.backward()
+    case.close_gradients(gradients(model, entries) | {"input.x": x.grad}, case.grads)
+
+
+def _layer_outputs(layers: list[FarspanBlock]) -> list[Tensor]:
+    """What each layer returns at the next forward, in order."""
+    found: list[Tensor] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda _module, _inputs, output: found.append(output[0]))
+    return found

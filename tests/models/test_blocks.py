@@ -32,11 +32,12 @@ def branches(made: FarspanBlock) -> tuple[nn.Module, nn.Module]:
     return (lambda x: made.mixer(x, layout=LAYOUT)), (lambda x: made.feed_forward(x)[0])
 
 
-@pytest.mark.parametrize("scaling", ["none", "per_channel"])
+@pytest.mark.parametrize("scaling", ["none", "per_channel", "deepnorm"])
 def test_pre_norm(scaling: str) -> None:
     made, x = block(residual_scaling=scaling)
     mixer, feed_forward = branches(made)
-    a, b = (1, 1) if scaling == "none" else (made.mixer_residual, made.feed_forward_residual)
+    alpha = 8**0.25 if scaling == "deepnorm" else 1
+    a, b = (made.mixer_residual, made.feed_forward_residual) if scaling == "per_channel" else (alpha, alpha)
     middle = a * x + mixer(made.mixer_norm(x))
     close(made(x, layout=LAYOUT)[0], b * middle + feed_forward(made.feed_forward_norm(middle)))
 
@@ -128,7 +129,7 @@ def test_final_norm_follows_the_place_of_the_norms() -> None:
         ({"shared_parallel_norm": True}, "needs use_parallel_residual"),
         ({"use_parallel_residual": True, "norm_place": "post"}, "needs norm_place='pre'"),
         ({"use_parallel_residual": True, "residual_scaling": "per_channel"}, "needs norm_place='pre'"),
-        ({"residual_scaling": "deepnorm"}, "needs norm_place='post'"),
+        ({"residual_scaling": "deepnorm", "norm_place": "sub"}, "choose norm_place='post'"),
         ({"next_sentence_head": True}, "set pooler=true"),
         ({"classifier_pooling": "pooler"}, "needs pooler=true"),
         ({"norm_place": "middle"}, "norm_place='middle'"),

@@ -69,7 +69,7 @@ class FarspanConfig(PreTrainedConfig):
         use_parallel_residual: whether mixer and feed-forward read the same input (GPT-NeoX) instead of one another's.
         shared_parallel_norm: whether they then share one norm (GPT-J).
         residual_scaling: what multiplies the residual stream at each addition: `none`, `per_channel` (learned, Doge) or
-            `deepnorm` ((2·layers)^¼, with the initialisation that belongs to it).
+            `deepnorm` ((2·layers)^¼, with the initialisation that belongs to it; meant for `norm_place="post"`).
         position_embedding: `none`, or `learned` (a table added to the token embeddings; limits the length).
         position_embedding_offset: rows of that table before position 0.
         type_vocab_size: number of token types, whose embeddings are added; 0 has none.
@@ -201,8 +201,11 @@ class FarspanConfig(PreTrainedConfig):
                 f"use_parallel_residual=true needs norm_place='pre' and residual_scaling='none', got "
                 f"{self.norm_place!r} and {self.residual_scaling!r}."
             )
-        if self.residual_scaling == "deepnorm" and self.norm_place != "post":
-            raise ConfigError(f"residual_scaling='deepnorm' needs norm_place='post', got {self.norm_place!r}.")
+        if self.residual_scaling == "deepnorm" and self.norm_place == "sub":
+            raise ConfigError(
+                "residual_scaling='deepnorm' and norm_place='sub' are two ways to the same end; leave one out, and "
+                "choose norm_place='post' for the former."
+            )
         if self.next_sentence_head and not self.pooler:
             raise ConfigError("next_sentence_head=true reads the pooler; set pooler=true.")
         if self.classifier_pooling == "pooler" and not self.pooler:

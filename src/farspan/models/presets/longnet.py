@@ -11,6 +11,8 @@ from farspan.models.configuration import FarspanConfig
 from farspan.models.presets.preset import Preset
 
 _SOURCE = "arXiv 2307.02486, microsoft/torchscale"
+# What torchscale computes, and weights that were trained with it need.
+TORCHSCALE: dict[str, Any] = {"head_offset": "block", "pad_mode": "zero_keys", "detach_mixture_weights": True}
 # The tokenizer's ranks and special tokens.
 _CL100K = 100277
 
@@ -20,6 +22,7 @@ def longnet_block(
     dilations: list[int],
     *,
     norm_place: str = "sub",
+    sub_norm: bool = True,
     positions: str = "none",
     norm_eps: float = 1e-5,
     released: bool = True,
@@ -31,21 +34,19 @@ def longnet_block(
         segment_lengths: w per pattern.
         dilations: r per pattern.
         norm_place: as in `FarspanConfig`.
+        sub_norm: whether a norm stands inside of each branch.
         positions: `none` or `xpos`.
         norm_eps: epsilon of all norms.
-        released: whether offsets, ragged segments and backward are those of torchscale, which its weights need, or
-            those of the paper.
+        released: whether offsets, ragged segments and backward are torchscale's, or the paper's.
         options: further fields of `DilatedOptions`.
     """
-    how: dict[str, Any] = {"head_offset": "block", "pad_mode": "zero_keys", "detach_mixture_weights": True}
-    sub_norm = norm_place == "sub"
     return {
         "mixers": ["dilated"],
         "mixer_options": {
             "dilated": {
                 "segment_lengths": segment_lengths,
                 "dilations": dilations,
-                **(how if released else {}),
+                **(TORCHSCALE if released else {}),
                 "positions": positions,
                 "attention_bias": True,
                 "sub_norm": sub_norm,
