@@ -146,6 +146,20 @@ def test_round_trip(name: str) -> None:
             assert source.config[key] in (value, None), key
 
 
+def test_old_names_of_norms() -> None:
+    """The released bert-base files say gamma and beta."""
+    theirs = stock("pre-training")
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): x
+        for name, x in theirs.state_dict().items()
+    }
+    assert old.keys() != theirs.state_dict().keys()
+    source = Published(theirs.config.to_dict(), {name: tuple(x.shape) for name, x in old.items()})
+    tokens = torch.randint(0, 53, (2, 7))
+    with torch.no_grad():
+        assert_close(converted(old, source)(tokens).logits, theirs(tokens).prediction_logits, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("left", [False, True])
 def test_greedy_text_of_gptj(left: bool) -> None:
     """GPT-J's generate shifts positions for left padding as ours does."""

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from farspan.errors import ShapeError
+from farspan.errors import ConfigError, ShapeError
 from farspan.nn import losses
-from farspan.nn.losses import chunked_cross_entropy, token_nll
+from farspan.nn.losses import chunked_cross_entropy, classification_loss, scored_share, token_nll
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -41,3 +41,34 @@ def test_shapes_are_checked() -> None:
         chunked_cross_entropy(torch.randn(6, 4), torch.randn(9, 4), torch.zeros(5, dtype=torch.long))
     with pytest.raises(ShapeError, match=r"weight \[V, D\]"):
         token_nll(torch.randn(6, 4), torch.randn(9, 3), torch.zeros(6, dtype=torch.long))
+
+
+@pytest.mark.parametrize("problem_type", ["single_label_classification", "multi_label_classification", "regression"])
+def test_losses_of_classifiers_are_means_over_any_leading_shape(problem_type: str) -> None:
+    logits = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    if problem_type == "single_label_classification":
+        labels = torch.tensor([[0, -100, 3], [1, 2, -100]])
+        log_p = logits.log_softmax(-1)
+        want = -torch.stack([log_p[0, 0, 0], log_p[0, 2, 3], log_p[1, 0, 1], log_p[1, 1, 2]]).sum()
+        scored = 4
+    else:
+        labels = torch.rand(2, 3, 4, dtype=torch.float64).round()
+        p = logits.sigmoid()
+        if problem_type == "regression":
+            want = (logits - labels).square().sum()
+        else:
+            want = -(labels * p.log() + (1 - labels) * (1 - p).log()).sum()
+        scored = 24
+    torch.testing.assert_close(classification_loss(logits, labels, problem_type), want / scored)
+    torch.testing.assert_close(classification_loss(logits, labels, problem_type, num_items=7), want / 7)
+
+
+def test_unknown_problem_type() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'regression'"):
+        classification_loss(torch.zeros(2, 1), torch.zeros(2), "regresion")
+
+
+def test_share_of_a_micro_batch() -> None:
+    labels = torch.tensor([1, -100, 2])
+    assert scored_share(labels, None) == 1
+    assert scored_share(labels, 8) == 0.25

@@ -124,17 +124,28 @@ def affine(published: str, ours: str) -> list[Entry]:
     return [Entry(f"{published}.{kind}", f"{ours}.{kind}") for kind in ("weight", "bias")]
 
 
+def current_name(name: str) -> str:
+    """What a published parameter is called today: files that began in TensorFlow, as BERT's, say gamma and beta.
+
+    Example:
+        >>> current_name("bert.embeddings.LayerNorm.gamma")
+        'bert.embeddings.LayerNorm.weight'
+    """
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
 def to_ours(state: Mapping[str, Tensor], entries: Iterable[AnyEntry], partial: bool = False) -> dict[str, Tensor]:
     """Renames and reshapes published tensors.
 
     Args:
-        state: published name → tensor.
+        state: published name, of today or old, → tensor.
         entries: the map.
         partial: whether parameters of the map may be absent (a set of gradients, one shard).
 
     Raises:
         CheckpointError: naming what is missing and what is not in the map.
     """
+    state = {current_name(name): x for name, x in state.items()}
     known = {entry.published: entry for entry in entries}
     needed = [] if partial else [name for name, entry in known.items() if entry.our_names()]
     _check(state, known, needed)
