@@ -3,4 +3,4 @@
 import os
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = ["test_kernels_compiled.py", "test_kernels_gpu.py"] if INTERPRETED else ["test_kernels_interpreted.py"]
+collect_ignore_glob = ["test_*_compiled.py", "test_*_gpu.py"] if INTERPRETED else ["test_*_interpreted.py"]

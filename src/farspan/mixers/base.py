@@ -106,6 +106,20 @@ class StateMixer(Mixer):
         return StateCache()
 
 
+def takes_step(x: Tensor, layout: SequenceLayout, cache: StateCache) -> bool:
+    """Whether `[B, 1, D]` is one real token per row behind a state: what a step that changes the state in place serves.
+
+    With gradients, or under torch.compile, the whole operator runs instead.
+    """
+    return (
+        x.shape[1] == 1
+        and layout.padding_mask is None
+        and "recurrent" in cache.tensors
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
 MIXERS: Registry[Mixer] = Registry(
     "mixer",
     {

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from farspan.errors import ConfigError, nearest
-from farspan.mixers.base import MixerShape, StateMixer, linear_flops
+from farspan.mixers.base import MixerShape, StateMixer, linear_flops, takes_step
 from farspan.mixers.cache import LayerCache, StateCache
 from farspan.mixers.layout import SequenceLayout
+from farspan.nn.joint import Joint
 from farspan.nn.positions import apply_rotary
 from farspan.ops.cosine.api import NORM_POSITIONS, cosine_attention
+from farspan.ops.cosine.step import cosine_step
 
 
 @dataclass
@@ -64,6 +66,8 @@ class CosineMixer(StateMixer):
 
     bidirectional: ClassVar[bool] = True
     operators: ClassVar[tuple[str, ...]] = ("cosine_attention",)
+    joint_projections = ("q_proj", "k_proj", "v_proj")
+    joint: Joint | None = None
 
     def __init__(self, config: MixerShape, options: CosineOptions, layer_idx: int) -> None:
         super().__init__()
@@ -98,13 +102,15 @@ class CosineMixer(StateMixer):
         cache: LayerCache | None = None,
         sequence_parallel: Any = None,
     ) -> Tensor:
+        assert cache is None or isinstance(cache, StateCache)
+        if cache is not None and takes_step(x, layout, cache):
+            return self._step(x, layout, cache)
         q, k, v = (
             project(x).unflatten(-1, (self.heads, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.options.rope:
             cos, sin = layout.rotary(self.rotary_dim, self.rope_parameters, self.max_position_embeddings)
             q, k = (apply_rotary(z, cos, sin, self.options.rope_interleaved) for z in (q, k))
-        assert cache is None or isinstance(cache, StateCache)
         count = cache.get("count") if cache else None
         # Without a decay, a padded token needs no packing: it is not counted and writes nothing.
         out, state = cosine_attention(
@@ -124,6 +130,31 @@ class CosineMixer(StateMixer):
         if cache is not None:
             lengths = layout.lengths()
             cache.update(recurrent=state, count=lengths if count is None else count + lengths)
+        return self.o_proj(out.flatten(2))
+
+    def _step(self, x: Tensor, layout: SequenceLayout, cache: StateCache) -> Tensor:
+        """One token per row: the same formulas, state and count updated in place."""
+        if self.joint is None:
+            projected = tuple(getattr(self, name)(x) for name in self.joint_projections)
+        else:
+            projected = self.joint(x)
+        q, k, v = (part.unflatten(-1, (self.heads, self.head_dim)) for part in projected)
+        cos = sin = None
+        if self.options.rope:
+            cos, sin = layout.rotary(self.rotary_dim, self.rope_parameters, self.max_position_embeddings)
+        out = cosine_step(
+            q,
+            k,
+            v,
+            self.length_exponent,
+            cache.tensors["recurrent"],
+            cache.tensors["count"],
+            cos=cos,
+            sin=sin,
+            rope_interleaved=self.options.rope_interleaved,
+            norm_position=self.options.norm_position,
+            eps=self.options.norm_eps,
+        )
         return self.o_proj(out.flatten(2))
 
     def flops_per_token(self, length: int) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from farspan.errors import ConfigError
-from farspan.mixers.base import MixerShape, StateMixer, linear_flops
+from farspan.mixers.base import MixerShape, StateMixer, linear_flops, takes_step
 from farspan.mixers.cache import LayerCache, StateCache
 from farspan.mixers.layout import SequenceLayout
 from farspan.nn.joint import Joint
@@ -120,10 +120,8 @@ class MetaLAMixer(StateMixer):
         sequence_parallel: Any = None,
     ) -> Tensor:
         assert cache is None or isinstance(cache, StateCache)
-        if cache is not None and x.shape[1] == 1 and layout.padding_mask is None and not torch.is_grad_enabled():
-            state = cache.get("recurrent")
-            if state is not None and not torch.compiler.is_compiling():
-                return self._step(x, cache, state)
+        if cache is not None and takes_step(x, layout, cache):
+            return self._step(x, cache)
         x, boundaries = layout.pack(x), layout.sequences()
         convolve = functools.partial(self._convolve, boundaries=boundaries, cache=cache)
         attend = functools.partial(self._attend, boundaries=boundaries, cache=cache)
@@ -139,11 +137,10 @@ class MetaLAMixer(StateMixer):
         )
         return layout.unpack(self.o_proj(nn.functional.silu(self.gate_proj(x)) * out.flatten(2)))
 
-    def _step(self, x: Tensor, cache: StateCache, state: Tensor) -> Tensor:
+    def _step(self, x: Tensor, cache: StateCache) -> Tensor:
         """One token per row: the same formulas, both states updated in place."""
-        past = cache.get("convolution")
-        if self.convolution is not None and past is not None:
-            x = short_convolution_step(x, self.convolution, past)
+        if self.convolution is not None:
+            x = short_convolution_step(x, self.convolution, cache.tensors["convolution"])
         if self.joint is None:
             q, gate, v, output_gate = (getattr(self, name)(x) for name in self.joint_projections)
         else:
@@ -153,7 +150,7 @@ class MetaLAMixer(StateMixer):
             gate.unflatten(-1, (self.heads, self.head_key)),
             v.unflatten(-1, (self.heads, self.head_value)),
             self.augmentation,
-            state,
+            cache.tensors["recurrent"],
             key=None if self.k_proj is None else self.k_proj(x).unflatten(-1, (self.heads, self.head_key)),
             output_gate=output_gate.unflatten(-1, (self.heads, self.head_value)),
             scale=self.options.scale,

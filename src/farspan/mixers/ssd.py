@@ -9,15 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from farspan.errors import ConfigError
-from farspan.mixers.base import MixerShape, StateMixer, linear_flops
+from farspan.mixers.base import MixerShape, StateMixer, linear_flops, takes_step
 from farspan.mixers.cache import LayerCache, StateCache
 from farspan.mixers.layout import SequenceLayout
+from farspan.nn.joint import Joint
 from farspan.nn.norms import RMSNorm
 from farspan.nn.positions import apply_rotary
 from farspan.ops._contract import compute_dtype
 from farspan.ops.bidirectional import both_ways
 from farspan.ops.short_convolution.api import short_convolution
+from farspan.ops.short_convolution.step import short_convolution_step
 from farspan.ops.ssd.api import state_space_duality
+from farspan.ops.ssd.step import state_space_step
 
 # The power of ten of what the fastest and the slowest head forget per token at first: memories of 10 and 1000 tokens.
 FORGETTING = (-1.0, -3.0)
@@ -88,6 +91,8 @@ class SSDMixer(StateMixer):
     bidirectional: ClassVar[bool] = True
     operators: ClassVar[tuple[str, ...]] = ("state_space_duality", "short_convolution")
     no_weight_decay = ("convolution",)
+    joint_projections = ("x_proj", "b_proj", "c_proj", "dt_proj")
+    joint: Joint | None = None
 
     def __init__(self, config: MixerShape, options: SSDOptions, layer_idx: int) -> None:
         super().__init__()
@@ -160,6 +165,9 @@ class SSDMixer(StateMixer):
         sequence_parallel: Any = None,
     ) -> Tensor:
         cos, sin = self._rotary(layout)
+        assert cache is None or isinstance(cache, StateCache)
+        if cache is not None and takes_step(x, layout, cache):
+            return self._step(x, cos, sin, cache)
         if self.options.padding_writes and layout.padding_mask is not None:
             x = x * layout.padding_mask.unsqueeze(-1)
             layout = SequenceLayout(layout.positions, cu_seqlens=layout.cu_seqlens)
@@ -168,7 +176,6 @@ class SSDMixer(StateMixer):
         x, boundaries = layout.pack(x), layout.sequences()
         streams = (self.x_proj(x), self.b_proj(x), self.c_proj(x), self.dt_proj(x), cos, sin)
         if self.causal:
-            assert cache is None or isinstance(cache, StateCache)
             out = self._recurrence(*streams, boundaries=boundaries, cache=cache)
         else:
             run = functools.partial(self._recurrence, boundaries=boundaries)
@@ -176,6 +183,36 @@ class SSDMixer(StateMixer):
         if self.gate_proj is not None and self.gate_norm is not None:
             out = self.gate_norm(out * nn.functional.silu(self.gate_proj(x)))
         return layout.unpack(self.o_proj(out))
+
+    def _step(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, cache: StateCache) -> Tensor:
+        """One token per row: the same formulas, both states updated in place."""
+        if self.joint is None:
+            streams = tuple(getattr(self, name)(x) for name in self.joint_projections)
+        else:
+            streams = self.joint(x)
+        value, b, c, dt = streams
+        if self.convolution is not None:
+            joined = torch.cat((value, b, c), dim=-1)
+            joined = short_convolution_step(
+                joined, self.convolution, cache.tensors["convolution"], self.convolution_bias
+            )
+            value, b, c = joined.split((value.shape[-1], b.shape[-1], c.shape[-1]), dim=-1)
+        b, c = (self._keys(stream, None, None) for stream in (b, c))
+        out = state_space_step(
+            value.unflatten(-1, (self.heads, self.head_value)),
+            dt,
+            self._rate(),
+            b,
+            c,
+            self.skip,
+            cache.tensors["recurrent"],
+            dt_bias=self.dt_bias,
+            cos=cos,
+            sin=sin,
+        ).flatten(2)
+        if self.gate_proj is not None and self.gate_norm is not None:
+            out = self.gate_norm(out * nn.functional.silu(self.gate_proj(x)))
+        return self.o_proj(out)
 
     def _recurrence(
         self,

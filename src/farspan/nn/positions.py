@@ -15,6 +15,7 @@ from torch import Tensor
 from farspan.errors import ConfigError, nearest
 from farspan.nn.options import fits, words
 from farspan.ops.dilated.rotation import rotate, rotation_table
+from farspan.ops.rotary import apply_rotary as apply_rotary
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
 _KEYS: dict[str, dict[str, Any]] = {
@@ -146,27 +147,6 @@ def rotary_table(positions: Tensor, frequencies: Tensor, scaling: float = 1.0) -
     with torch.autocast(positions.device.type, enabled=False):
         angles = positions.unsqueeze(-1).float() * frequencies.to(positions.device)
         return angles.cos() * scaling, angles.sin() * scaling
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
-    """Rotates pairs of the first r channels: (a, b) → (a cos − b sin, b cos + a sin).
-
-    Args:
-        x: `[B, T, H, K]`; channels from r on pass through.
-        cos, sin: `[B, T, r/2]` float32 from `rotary_table`.
-        interleaved: False pairs channels (j, j + r/2), as GPT-NeoX and LLaMA; True pairs (2j, 2j + 1), as GPT-J.
-
-    Returns:
-        `[B, T, H, K]` in x's dtype.
-
-    Source: Su et al. 2021, arXiv 2104.09864.
-    """
-    width, axis = 2 * cos.shape[-1], -1 if interleaved else -2
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    pairs = x[..., :width].float().unflatten(-1, (-1, 2) if interleaved else (2, -1))
-    first, second = pairs.unbind(axis)
-    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=axis).flatten(-2).to(x.dtype)
-    return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)
 
 
 # Products of a query and a key stay finite in float32 below e^88.

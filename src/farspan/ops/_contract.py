@@ -137,6 +137,20 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+def changed_in_place(op: str, state: Tensor, *inputs: Tensor) -> None:
+    """Checks a state that a decoding step overwrites.
+
+    Raises:
+        ShapeError: it is not contiguous, or not of the dtype in which the operator accumulates.
+    """
+    dtype = compute_dtype(*inputs)
+    if state.dtype != dtype or not state.is_contiguous():
+        raise ShapeError(
+            f"{op}: state is {state.dtype}, contiguous: {state.is_contiguous()}; it is changed in place and has to be "
+            f"a contiguous tensor of {dtype}."
+        )
+
+
 def without_autocast(tensor: Tensor) -> torch.autocast:
     """A context in which the tensor's device does not autocast, so that the operator alone decides its dtypes."""
     return torch.autocast(device_type=tensor.device.type, enabled=False)
@@ -146,8 +160,9 @@ def plain_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the backward of an autograd function: no second derivative, and no autocast where it is called."""
 
     @functools.wraps(backward)
-    def call(ctx: Any, *gradients: Tensor) -> Any:
-        with without_autocast(gradients[0]):
+    def call(ctx: Any, *gradients: Tensor | None) -> Any:
+        given = next(gradient for gradient in gradients if gradient is not None)
+        with without_autocast(given):
             return backward(ctx, *gradients)
 
     return once_differentiable(call)

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from farspan.errors import ShapeError
 from farspan.ops._backend import register, resolve
-from farspan.ops._contract import Contract, compute_dtype, without_autocast
+from farspan.ops._contract import Contract, changed_in_place, without_autocast
 from farspan.ops.metala.reference import augment_and_normalize, decay_and_key
 
 
@@ -67,11 +66,7 @@ def metala_step(
     contract.tensor("key", key, "B T H K")
     contract.tensor("output_gate", output_gate, "B T H V")
     contract.tensor("state", state, "B H K V")
-    if state.dtype != compute_dtype(q, v) or not state.is_contiguous():
-        raise ShapeError(
-            f"metala_step: state is {state.dtype}, contiguous: {state.is_contiguous()}; it is changed in place and has "
-            f"to be a contiguous tensor of {compute_dtype(q, v)}."
-        )
+    changed_in_place("metala_step", state, q, v)
     implementation = resolve("metala_step", backend, (q, gate_logits, v, augmentation, key, output_gate, state))
     with torch.no_grad(), without_autocast(q):
         out: Tensor = implementation(

@@ -4,6 +4,7 @@ import torch
 import triton
 from torch import Tensor
 
+from farspan.ops._launch_step import dense_rows, step_warps
 from farspan.ops.metala.step_kernels import step_kernel
 
 
@@ -25,8 +26,8 @@ def metala_step_triton(
     """The kernel's form of `metala_step`; arguments as there."""
     rows, _, heads, width = q.shape
     values = v.shape[-1]
-    q, gate_logits, v = (_dense_rows(x) for x in (q, gate_logits, v))
-    key, output_gate = (x if x is None else _dense_rows(x) for x in (key, output_gate))
+    q, gate_logits, v = (dense_rows(x) for x in (q, gate_logits, v))
+    key, output_gate = (x if x is None else dense_rows(x) for x in (key, output_gate))
     out = torch.empty((rows, 1, heads, values), dtype=v.dtype, device=v.device)
     some = out  # stands for what is not there; never read
     block_k, block_v = triton.next_power_of_2(width), triton.next_power_of_2(values)
@@ -57,11 +58,6 @@ def metala_step_triton(
         INSIDE=augmentation_inside,
         NORMALIZE=normalize,
         GATED=output_gate is not None,
-        num_warps=8 if block_k * block_v >= 4096 else 4,
+        num_warps=step_warps(block_k, block_v),
     )
     return out
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """`[B, 1, H, C]` whose heads and channels lie side by side; a slice of a fused projection already does."""
-    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()

@@ -1,0 +1,73 @@
+"""The decoding steps compile ahead of time, within registers and shared memory, without a GPU."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from farspan.ops._launch_step import step_warps
+from farspan.ops.cosine.step_kernels import step_kernel as cosine
+from farspan.ops.metala.step_kernels import step_kernel as metala
+from farspan.ops.short_convolution.step_kernels import step_kernel as convolution
+from farspan.ops.ssd.step_kernels import step_kernel as ssd
+from farspan.ops.swiglu.kernels import swiglu_kernel
+
+pytestmark = pytest.mark.slow
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+SPILLED_BYTES = 128
+FLOATS = {"scale", "tau", "eps", "low", "high"}
+FLOAT32 = {"p_state", "p_cos", "p_sin", "p_exponent", "p_a", "p_d", "p_bias", "p_w"}
+STATE = {"H": 16, "K": 64, "V": 128, "BK": 64, "BV": 128}
+FLAGS = {"OWN_KEY": False, "AUGMENT": True, "INSIDE": True, "NORMALIZE": True, "GATED": True}
+KERNELS = {
+    "metala": (metala, STATE | FLAGS),
+    "cosine": (cosine, STATE | {"R": 64, "INTERLEAVED": True, "COUNTED": True, "BY_QUERY": False}),
+    "ssd": (
+        ssd,
+        {"H": 16, "K": 128, "V": 64, "BK": 128, "BV": 64, "G": 1, "R": 128}
+        | {"BIASED": True, "SOFTPLUS": True, "SKIP": True},
+    ),
+    "short_convolution": (convolution, {"W": 4, "BW": 4, "BD": 256, "BIASED": True, "SILU": True}),
+    "swiglu": (swiglu_kernel, {"BF": 512}),
+}
+
+
+def compiled(kernel: Any, values: dict[str, Any], architecture: int, warps: int) -> Any:
+    signature = {}
+    for name in (parameter.name for parameter in kernel.params):
+        if name in values:
+            signature[name] = "constexpr"
+        elif name in FLOATS:
+            signature[name] = "fp32"
+        elif not name.startswith("p_"):
+            signature[name] = "i32"
+        else:
+            signature[name] = "*i64" if name == "p_count" else "*fp32" if name in FLOAT32 else "*bf16"
+    attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+    source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
+    return compile(source, GPUTarget("cuda", architecture, 32), {"num_warps": warps})
+
+
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+@pytest.mark.parametrize("name", KERNELS)
+def test_step_compiles(name: str, architecture: int, tmp_path: Path) -> None:
+    kernel, values = KERNELS[name]
+    warps = step_warps(values["BK"], values["BV"]) if "BK" in values else 4
+    binary = compiled(kernel, values, architecture, warps)
+    assert binary.metadata.shared <= SHARED_MEMORY[architecture]
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert int(re.search(r"STACK:(\d+)", report).group(1)) <= SPILLED_BYTES
