@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
+from transformers.utils import ModelOutput
 
 from farspan.errors import ConfigError, ShapeError
 from farspan.models.configuration import FarspanConfig
@@ -204,8 +205,13 @@ def _scored(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return states[kept], labels[kept]
 
 
-class _Classifier(FarspanPreTrainedModel):
-    """The stack, dropout and a linear map to `config.num_labels` numbers, for each text or each token."""
+class Classifier(FarspanPreTrainedModel):
+    """The stack, dropout and a linear map to `config.num_labels` numbers; 0 labels leave the states as they are.
+
+    `config.problem_type` says what is learnt: `single_label_classification`, `multi_label_classification` or
+    `regression`; None is decided and remembered at the first labels, as in transformers: regression for one label, else
+    single label for integers, multi-label for floats.
+    """
 
     # transformers then hands num_items_in_batch to forward.
     accepts_loss_kwargs = True
@@ -215,8 +221,49 @@ class _Classifier(FarspanPreTrainedModel):
         self.num_labels = config.num_labels
         self.model = FarspanModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=config.classifier_bias)
+        self.classifier: nn.Module = nn.Identity()
+        if config.num_labels:
+            self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=config.classifier_bias)
         self.post_init()
+
+    def classify(
+        self,
+        outputs: FarspanModelOutput,
+        states: Tensor,
+        labels: Tensor | None,
+        num_items_in_batch: int | Tensor | None,
+        return_dict: bool | None,
+    ) -> ModelOutput | tuple:
+        """Logits of `states` `[..., D]` and, with labels, the loss; the stack's `outputs` supply the rest."""
+        logits = self.classifier(self.dropout(states))
+        loss = None
+        if labels is not None:
+            labels = labels.to(logits.device)
+            loss = classification_loss(logits, labels, self.problem_type(labels), num_items_in_batch)
+            if outputs.aux_loss is not None:
+                loss = loss + scored_share(labels, num_items_in_batch) * outputs.aux_loss
+        output = self.output_class(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            aux_loss=outputs.aux_loss,
+            auxiliary=outputs.auxiliary,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    output_class: type[ModelOutput]
+
+    def problem_type(self, labels: Tensor) -> str:
+        """What is learnt."""
+        if self.config.problem_type is None:
+            several = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+            self.config.problem_type = "regression" if self.config.num_labels == 1 else several
+        return self.config.problem_type
+
+
+class _TextClassifier(Classifier):
+    """The forward pass of classifiers of texts and of tokens."""
 
     def forward(
         self,
@@ -234,7 +281,7 @@ class _Classifier(FarspanPreTrainedModel):
         num_items_in_batch: int | Tensor | None = None,
         return_dict: bool | None = None,
         **more: Any,
-    ) -> FarspanSequenceClassifierOutput | FarspanTokenClassifierOutput | tuple:
+    ) -> ModelOutput | tuple:
         """Logits and, with labels, the mean loss.
 
         Args:
@@ -276,24 +323,7 @@ class _Classifier(FarspanPreTrainedModel):
             output_attentions=output_attentions,
         )
         states = self._states(outputs, attention_mask, position_ids, cu_seqlens)
-        logits = self.classifier(self.dropout(states))
-        loss = None
-        if labels is not None:
-            labels = labels.to(logits.device)
-            loss = classification_loss(logits, labels, self._problem_type(labels), num_items_in_batch)
-            if outputs.aux_loss is not None:
-                loss = loss + scored_share(labels, num_items_in_batch) * outputs.aux_loss
-        output = self._output(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            aux_loss=outputs.aux_loss,
-            auxiliary=outputs.auxiliary,
-        )
-        return output if return_dict is not False else output.to_tuple()
-
-    _output: type[FarspanSequenceClassifierOutput] | type[FarspanTokenClassifierOutput]
+        return self.classify(outputs, states, labels, num_items_in_batch, return_dict)
 
     def _states(
         self,
@@ -305,17 +335,12 @@ class _Classifier(FarspanPreTrainedModel):
         """What is classified: `[..., D]`."""
         raise NotImplementedError
 
-    def _problem_type(self, labels: Tensor) -> str:
-        raise NotImplementedError
 
-
-class FarspanForSequenceClassification(_Classifier):
+class FarspanForSequenceClassification(_TextClassifier):
     """The class of a text, several labels of it, or numbers: a linear map of one state per text.
 
-    `config.classifier_pooling` says which state: of the `last` or `first` real token, their `mean`, or the `pooler`'s.
-    `config.problem_type` says what is learnt: `single_label_classification`, `multi_label_classification` or
-    `regression`; None is decided and remembered at the first labels, as in transformers: regression for one label, else
-    single label for integers, multi-label for floats. Documents packed in one row are one text each.
+    `config.classifier_pooling` says which state: of the `last` or `first` real token, their `mean`, or the `pooler`'s;
+    `config.problem_type` what is learnt (see `Classifier`). Documents packed in one row are one text each.
 
     Example:
         >>> import torch
@@ -327,7 +352,7 @@ class FarspanForSequenceClassification(_Classifier):
         torch.Size([1, 3])
     """
 
-    _output = FarspanSequenceClassifierOutput
+    output_class = FarspanSequenceClassifierOutput
 
     def _states(
         self,
@@ -345,14 +370,8 @@ class FarspanForSequenceClassification(_Classifier):
         shape = (hidden.shape[0], hidden.shape[1])
         return pool(hidden, layout_of(shape, hidden.device, attention_mask, position_ids, cu_seqlens, None, None), how)
 
-    def _problem_type(self, labels: Tensor) -> str:
-        if self.config.problem_type is None:
-            several = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-            self.config.problem_type = "regression" if self.config.num_labels == 1 else several
-        return self.config.problem_type
 
-
-class FarspanForTokenClassification(_Classifier):
+class FarspanForTokenClassification(_TextClassifier):
     """The class of every token: a linear map of each final state; labels `[B, T]` are not shifted, −100 is ignored.
 
     Example:
@@ -365,7 +384,7 @@ class FarspanForTokenClassification(_Classifier):
         torch.Size([1, 3, 5])
     """
 
-    _output = FarspanTokenClassifierOutput
+    output_class = FarspanTokenClassifierOutput
 
     def _states(
         self,
@@ -377,5 +396,5 @@ class FarspanForTokenClassification(_Classifier):
         assert outputs.last_hidden_state is not None
         return outputs.last_hidden_state
 
-    def _problem_type(self, labels: Tensor) -> str:
+    def problem_type(self, labels: Tensor) -> str:
         return "single_label_classification"
