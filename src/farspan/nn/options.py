@@ -1,9 +1,12 @@
-"""Checks of plain values against the annotations of a config field or an options dataclass."""
+"""Options dataclasses from plain values, which are checked against the annotations of their fields."""
 
 import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
+
+from farspan.errors import ConfigError, nearest
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -41,3 +44,23 @@ def words(hint: Any) -> str:
     if hint is float:
         return "a finite number"
     return getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+
+
+def build(options: type, values: Mapping[str, Any] | None, what: str) -> Any:
+    """An options dataclass with `values` over its defaults.
+
+    Args:
+        options: the dataclass.
+        values: field → value, as JSON holds it.
+        what: whose options these are, for error messages.
+
+    Raises:
+        ConfigError: for unknown keys and values of a wrong type.
+    """
+    hints = typing.get_type_hints(options)
+    for key, value in (values or {}).items():
+        if key not in hints:
+            raise ConfigError(f"Unknown option {key!r} of {what}: {nearest(key, hints)}")
+        if not fits(value, hints[key]):
+            raise ConfigError(f"Option {key}={value!r} of {what} is of the wrong type; accepted: {words(hints[key])}.")
+    return options(**(values or {}))

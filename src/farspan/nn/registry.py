@@ -2,12 +2,11 @@
 
 import dataclasses
 import importlib
-import typing
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 from farspan.errors import ConfigError, nearest
-from farspan.nn.options import fits, words
+from farspan.nn.options import build
 
 Block = TypeVar("Block")
 
@@ -61,13 +60,4 @@ class Registry(Generic[Block]):
     def build_options(self, name: str, values: Mapping[str, Any] | None) -> Any:
         """The options of `name` with `values` over their defaults; unknown keys and wrong values are refused."""
         _, options = self.get(name)
-        hints = typing.get_type_hints(options)
-        for key, value in (values or {}).items():
-            if key not in hints:
-                raise ConfigError(f"Unknown option {key!r} of {self.what} {name!r}: {nearest(key, hints)}")
-            if not fits(value, hints[key]):
-                raise ConfigError(
-                    f"Option {key}={value!r} of {self.what} {name!r} is of the wrong type; accepted: "
-                    f"{words(hints[key])}."
-                )
-        return options(**(values or {}))
+        return build(options, values, f"{self.what} {name!r}")
