@@ -1,5 +1,7 @@
 """One decoding step of cosine attention, with state and count updated in place."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -8,6 +10,16 @@ from farspan.ops._backend import register, resolve
 from farspan.ops._contract import Contract, changed_in_place, without_autocast
 from farspan.ops.cosine.reference import length_factor
 from farspan.ops.rotary import apply_rotary
+
+
+class Call(NamedTuple):
+    """What an implementation knows of a call beside its streams and its state; see `cosine_step`."""
+
+    cos: Tensor | None
+    sin: Tensor | None
+    interleaved: bool
+    by_query: bool
+    eps: float
 
 
 def cosine_step(
@@ -70,33 +82,22 @@ def cosine_step(
     changed_in_place("cosine_step", state, q, v)
     implementation = resolve("cosine_step", backend, (q, k, v, exponent, state))
     with torch.no_grad(), without_autocast(q):
-        out: Tensor = implementation(
-            q, k, v, exponent, state, count, cos, sin, rope_interleaved, norm_position == "query", eps
-        )
+        call = Call(cos, sin, rope_interleaved, norm_position == "query", eps)
+        out: Tensor = implementation(q, k, v, exponent, state, count, call)
         count.add_(1)
     return out
 
 
 def cosine_step_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    exponent: Tensor | None,
-    state: Tensor,
-    count: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    by_query: bool,
-    eps: float,
+    q: Tensor, k: Tensor, v: Tensor, exponent: Tensor | None, state: Tensor, count: Tensor, call: Call
 ) -> Tensor:
     """The formulas as they stand; arguments as `cosine_step`."""
-    if cos is not None and sin is not None:
-        q, k = (apply_rotary(x, cos, sin, interleaved) for x in (q, k))
-    queries, keys = (F.normalize(x[:, 0].to(state.dtype), dim=-1, eps=eps) for x in (q, k))
+    if call.cos is not None and call.sin is not None:
+        q, k = (apply_rotary(x, call.cos, call.sin, call.interleaved) for x in (q, k))
+    queries, keys = (F.normalize(x[:, 0].to(state.dtype), dim=-1, eps=call.eps) for x in (q, k))
     if exponent is not None:
         factor = length_factor(count.unsqueeze(1) + 1, exponent, state.dtype)[:, 0].unsqueeze(-1)
-        queries, keys = (queries * factor, keys) if by_query else (queries, keys * factor)
+        queries, keys = (queries * factor, keys) if call.by_query else (queries, keys * factor)
     state.add_(keys.unsqueeze(-1) * v[:, 0].to(state.dtype).unsqueeze(-2))
     return (queries.unsqueeze(-2) @ state).transpose(1, 2).to(v.dtype)
 

@@ -5,21 +5,12 @@ import triton
 from torch import Tensor
 
 from farspan.ops._launch_step import dense_rows, step_warps
+from farspan.ops.cosine.step import Call
 from farspan.ops.cosine.step_kernels import step_kernel
 
 
 def cosine_step_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    exponent: Tensor | None,
-    state: Tensor,
-    count: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    by_query: bool,
-    eps: float,
+    q: Tensor, k: Tensor, v: Tensor, exponent: Tensor | None, state: Tensor, count: Tensor, call: Call
 ) -> Tensor:
     """The kernel's form of `cosine_step`; arguments as there."""
     rows, _, heads, width = q.shape
@@ -33,23 +24,23 @@ def cosine_step_triton(
         v,
         out if exponent is None else exponent,  # what is not there is never read
         count,
-        out if cos is None else cos.contiguous(),
-        out if sin is None else sin.contiguous(),
+        out if call.cos is None else call.cos.contiguous(),
+        out if call.sin is None else call.sin.contiguous(),
         state,
         out,
-        float(eps),
+        float(call.eps),
         q.stride(0),
         k.stride(0),
         v.stride(0),
         H=heads,
         K=width,
         V=values,
-        R=0 if cos is None else 2 * cos.shape[-1],
+        R=0 if call.cos is None else 2 * call.cos.shape[-1],
         BK=block_k,
         BV=block_v,
-        INTERLEAVED=interleaved,
+        INTERLEAVED=call.interleaved,
         COUNTED=exponent is not None,
-        BY_QUERY=by_query,
+        BY_QUERY=call.by_query,
         num_warps=step_warps(block_k, block_v),
     )
     return out

@@ -1,5 +1,7 @@
 """One decoding step of MetaLA, with the state updated in place."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -7,6 +9,18 @@ from torch.nn import functional as F
 from farspan.ops._backend import register, resolve
 from farspan.ops._contract import Contract, changed_in_place, without_autocast
 from farspan.ops.metala.reference import augment_and_normalize, decay_and_key
+
+
+class Call(NamedTuple):
+    """What an implementation knows of a call beside its streams and its state; see `metala_step`."""
+
+    key: Tensor | None
+    output_gate: Tensor | None
+    scale: float
+    decay_normalizer: float
+    augmentation_inside: bool
+    normalize: bool
+    norm_eps: float
 
 
 def metala_step(
@@ -69,45 +83,24 @@ def metala_step(
     changed_in_place("metala_step", state, q, v)
     implementation = resolve("metala_step", backend, (q, gate_logits, v, augmentation, key, output_gate, state))
     with torch.no_grad(), without_autocast(q):
-        out: Tensor = implementation(
-            q,
-            gate_logits,
-            v,
-            augmentation,
-            state,
-            key=key,
-            output_gate=output_gate,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            decay_normalizer=decay_normalizer,
-            augmentation_inside=augmentation_inside,
-            normalize=normalize,
-            norm_eps=norm_eps,
-        )
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        call = Call(key, output_gate, factor, decay_normalizer, augmentation_inside, normalize, norm_eps)
+        out: Tensor = implementation(q, gate_logits, v, augmentation, state, call)
     return out
 
 
 def metala_step_torch(
-    q: Tensor,
-    gate_logits: Tensor,
-    v: Tensor,
-    augmentation: Tensor | None,
-    state: Tensor,
-    *,
-    key: Tensor | None,
-    output_gate: Tensor | None,
-    scale: float,
-    decay_normalizer: float,
-    augmentation_inside: bool,
-    normalize: bool,
-    norm_eps: float,
+    q: Tensor, gate_logits: Tensor, v: Tensor, augmentation: Tensor | None, state: Tensor, call: Call
 ) -> Tensor:
     """The formulas as they stand; arguments as `metala_step`."""
-    log_decay, k = decay_and_key(gate_logits, key, decay_normalizer, None)
+    log_decay, k = decay_and_key(gate_logits, call.key, call.decay_normalizer, None)
     q_row, k_row, v_row = (x[:, 0].to(state.dtype) for x in (q, k, v))
     state.mul_(log_decay[:, 0].exp().unsqueeze(-1)).addcmul_(k_row.unsqueeze(-1), v_row.unsqueeze(-2))
-    out = scale * (q_row.unsqueeze(-2) @ state).transpose(1, 2)
-    out = augment_and_normalize(out, q, k, v, augmentation, augmentation_inside, normalize, norm_eps).to(v.dtype)
-    return out if output_gate is None else F.silu(output_gate) * out
+    out = call.scale * (q_row.unsqueeze(-2) @ state).transpose(1, 2)
+    out = augment_and_normalize(out, q, k, v, augmentation, call.augmentation_inside, call.normalize, call.norm_eps).to(
+        v.dtype
+    )
+    return out if call.output_gate is None else F.silu(call.output_gate) * out
 
 
 register(

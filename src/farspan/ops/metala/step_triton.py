@@ -5,29 +5,18 @@ import triton
 from torch import Tensor
 
 from farspan.ops._launch_step import dense_rows, step_warps
+from farspan.ops.metala.step import Call
 from farspan.ops.metala.step_kernels import step_kernel
 
 
 def metala_step_triton(
-    q: Tensor,
-    gate_logits: Tensor,
-    v: Tensor,
-    augmentation: Tensor | None,
-    state: Tensor,
-    *,
-    key: Tensor | None,
-    output_gate: Tensor | None,
-    scale: float,
-    decay_normalizer: float,
-    augmentation_inside: bool,
-    normalize: bool,
-    norm_eps: float,
+    q: Tensor, gate_logits: Tensor, v: Tensor, augmentation: Tensor | None, state: Tensor, call: Call
 ) -> Tensor:
     """The kernel's form of `metala_step`; arguments as there."""
     rows, _, heads, width = q.shape
     values = v.shape[-1]
     q, gate_logits, v = (dense_rows(x) for x in (q, gate_logits, v))
-    key, output_gate = (x if x is None else dense_rows(x) for x in (key, output_gate))
+    key, output_gate = (x if x is None else dense_rows(x) for x in (call.key, call.output_gate))
     out = torch.empty((rows, 1, heads, values), dtype=v.dtype, device=v.device)
     some = out  # stands for what is not there; never read
     block_k, block_v = triton.next_power_of_2(width), triton.next_power_of_2(values)
@@ -40,9 +29,9 @@ def metala_step_triton(
         some if output_gate is None else output_gate,
         state,
         out,
-        float(scale),
-        float(decay_normalizer),
-        float(norm_eps),
+        float(call.scale),
+        float(call.decay_normalizer),
+        float(call.norm_eps),
         q.stride(0),
         gate_logits.stride(0),
         0 if key is None else key.stride(0),
@@ -55,8 +44,8 @@ def metala_step_triton(
         BV=block_v,
         OWN_KEY=key is not None,
         AUGMENT=augmentation is not None,
-        INSIDE=augmentation_inside,
-        NORMALIZE=normalize,
+        INSIDE=call.augmentation_inside,
+        NORMALIZE=call.normalize,
         GATED=output_gate is not None,
         num_warps=step_warps(block_k, block_v),
     )

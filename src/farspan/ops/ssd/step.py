@@ -1,5 +1,7 @@
 """One decoding step of state space duality, with the state updated in place."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,17 @@ from farspan.ops._backend import register, resolve
 from farspan.ops._contract import Contract, changed_in_place, without_autocast
 from farspan.ops.rotary import apply_rotary
 from farspan.ops.ssd.reference import per_head, step_size
+
+
+class Call(NamedTuple):
+    """What an implementation knows of a call beside its streams and its state; see `state_space_step`."""
+
+    d: Tensor | None
+    dt_bias: Tensor | None
+    dt_softplus: bool
+    dt_limit: tuple[float, float]
+    cos: Tensor | None
+    sin: Tensor | None
 
 
 def state_space_step(
@@ -73,36 +86,23 @@ def state_space_step(
     changed_in_place("state_space_step", state, x, b, c)
     implementation = resolve("state_space_step", backend, (x, dt, a, b, c, d, dt_bias, state))
     with torch.no_grad(), without_autocast(x):
-        out: Tensor = implementation(x, dt, a, b, c, d, state, dt_bias, dt_softplus, dt_limit, cos, sin)
+        out: Tensor = implementation(x, dt, a, b, c, state, Call(d, dt_bias, dt_softplus, dt_limit, cos, sin))
     return out
 
 
-def state_space_step_torch(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor | None,
-    state: Tensor,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    cos: Tensor | None,
-    sin: Tensor | None,
-) -> Tensor:
+def state_space_step_torch(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, call: Call) -> Tensor:
     """The formulas as they stand; arguments as `state_space_step`."""
-    if cos is not None and sin is not None:
-        b, c = (apply_rotary(stream, cos, sin) for stream in (b, c))
+    if call.cos is not None and call.sin is not None:
+        b, c = (apply_rotary(stream, call.cos, call.sin) for stream in (b, c))
     heads = x.shape[2]
     keys, queries = (per_head(stream, heads)[:, 0].to(state.dtype) for stream in (b, c))
-    step = step_size(dt.to(state.dtype), dt_bias, dt_softplus, dt_limit)[:, 0].unsqueeze(-1)
+    step = step_size(dt.to(state.dtype), call.dt_bias, call.dt_softplus, call.dt_limit)[:, 0].unsqueeze(-1)
     values = x[:, 0].to(state.dtype)
     decay = (step * a.to(state.dtype).unsqueeze(-1)).exp()
     state.mul_(decay.unsqueeze(-1)).add_(keys.unsqueeze(-1) * (step * values).unsqueeze(-2))
     out = (queries.unsqueeze(-2) @ state).squeeze(-2)
-    if d is not None:
-        out = out + d.to(state.dtype).unsqueeze(-1) * values
+    if call.d is not None:
+        out = out + call.d.to(state.dtype).unsqueeze(-1) * values
     return out.unsqueeze(1).to(x.dtype)
 
 

@@ -5,22 +5,12 @@ import triton
 from torch import Tensor
 
 from farspan.ops._launch_step import dense_rows, step_warps
+from farspan.ops.ssd.step import Call
 from farspan.ops.ssd.step_kernels import step_kernel
 
 
 def state_space_step_triton(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor | None,
-    state: Tensor,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    cos: Tensor | None,
-    sin: Tensor | None,
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, call: Call
 ) -> Tensor:
     """The kernel's form of `state_space_step`; arguments as there."""
     rows, _, heads, values = x.shape
@@ -35,14 +25,14 @@ def state_space_step_triton(
         a.contiguous(),
         b,
         c,
-        out if d is None else d,  # what is not there is never read
-        out if dt_bias is None else dt_bias,
-        out if cos is None else cos.contiguous(),
-        out if sin is None else sin.contiguous(),
+        out if call.d is None else call.d,  # what is not there is never read
+        out if call.dt_bias is None else call.dt_bias,
+        out if call.cos is None else call.cos.contiguous(),
+        out if call.sin is None else call.sin.contiguous(),
         state,
         out,
-        float(dt_limit[0]),
-        float(dt_limit[1]),
+        float(call.dt_limit[0]),
+        float(call.dt_limit[1]),
         x.stride(0),
         dt.stride(0),
         b.stride(0),
@@ -51,12 +41,12 @@ def state_space_step_triton(
         G=groups,
         K=width,
         V=values,
-        R=0 if cos is None else 2 * cos.shape[-1],
+        R=0 if call.cos is None else 2 * call.cos.shape[-1],
         BK=block_k,
         BV=block_v,
-        BIASED=dt_bias is not None,
-        SOFTPLUS=dt_softplus,
-        SKIP=d is not None,
+        BIASED=call.dt_bias is not None,
+        SOFTPLUS=call.dt_softplus,
+        SKIP=call.d is not None,
         num_warps=step_warps(block_k, block_v),
     )
     return out
