@@ -21,7 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from farspan.ops.gated_linear import chunk_kernels, extreme_kernels, kernels
-from farspan.ops.gated_linear.triton import CHUNK, LIMIT, NARROWEST, Tiles, tiles
+from farspan.ops.gated_linear.launches import CHUNK, LIMIT
+from farspan.ops.gated_linear.tiles import EXTREME_PREPARE, NARROWEST, Tiles, tiles
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +46,13 @@ def constants(dtype: torch.dtype, width: int, decay: int) -> dict[str, Any]:
 
 
 def compiled(
-    kernel: Any, architecture: int, dtype: torch.dtype, values: dict[str, Any], warps: int, stages: int
+    kernel: Any,
+    architecture: int,
+    dtype: torch.dtype,
+    values: dict[str, Any],
+    warps: int,
+    stages: int,
+    registers: int | None,
 ) -> Any:
     """The kernel's binary for an architecture such as 90."""
     element = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
@@ -63,7 +70,9 @@ def compiled(
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     known = {name: values[name] for name in names if name in values}
     source = ASTSource(kernel, signature=signature, constexprs=known, attrs=attributes)
-    return compile(source, GPUTarget("cuda", architecture, 32), {"num_warps": warps, "num_stages": stages})
+    return compile(
+        source, GPUTarget("cuda", architecture, 32), {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    )
 
 
 def stack_bytes(binary: Any, directory: Path) -> int:
@@ -77,21 +86,20 @@ def stack_bytes(binary: Any, directory: Path) -> int:
     return int(re.search(r"STACK:(\d+)", report).group(1))
 
 
-def launches(choice: Tiles) -> list[tuple[Any, int, int, dict[str, Any]]]:
-    """Kernel, warps, stages and the arguments that differ from launch to launch."""
-    state, output, value, gradient = ({"BV": t[0]} for t in choice)
+def launches(choice: Tiles) -> list[tuple[Any, tuple[int, int, int | None], dict[str, Any]]]:
+    """Kernel, its warps, stages and registers, and the arguments that differ from launch to launch."""
+    state, output, gradient, prepare = ({"BV": min(t[0], 128)} for t in choice)
     return [
-        (kernels.prepare_kernel, 4, 3, {}),
-        (kernels.state_kernel, *choice.state[1:], state | {"REVERSE": False}),
-        (kernels.state_kernel, *choice.state[1:], state | {"REVERSE": True}),
-        (kernels.scan_kernel, 2, 3, {"REVERSE": False}),
-        (chunk_kernels.output_kernel, *choice.output[1:], {} if choice.output[0] == 128 else output),
-        (chunk_kernels.norm_kernel, 4, 3, {}),
-        (chunk_kernels.value_gradient_kernel, *choice.value_gradient[1:], value),
-        (chunk_kernels.gradient_kernel, *choice.gradient[1:], gradient),
-        (extreme_kernels.extreme_prepare_kernel, 4, 3, {}),
-        (extreme_kernels.extreme_output_kernel, choice.output[1], 1, output),
-        (extreme_kernels.extreme_gradient_kernel, 8, 1, gradient),
+        (kernels.prepare_kernel, choice.prepare[1:], prepare),
+        (kernels.state_kernel, choice.state[1:], state | {"REVERSE": False, "STORE_VALUES": False}),
+        (kernels.state_kernel, choice.state[1:], state | {"REVERSE": True, "STORE_VALUES": True}),
+        (kernels.scan_kernel, (2, 1, None), {"REVERSE": False}),
+        (chunk_kernels.output_kernel, choice.output[1:], output),
+        (chunk_kernels.row_kernel, (4, 1, None), {}),
+        (chunk_kernels.gradient_kernel, choice.gradient[1:], gradient),
+        (extreme_kernels.extreme_prepare_kernel, EXTREME_PREPARE[1:], {}),
+        (extreme_kernels.extreme_output_kernel, (choice.output[1], 1, None), output),
+        (extreme_kernels.extreme_gradient_kernel, (8, 1, None), gradient),
     ]
 
 
@@ -99,12 +107,12 @@ def launches(choice: Tiles) -> list[tuple[Any, int, int, dict[str, Any]]]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("width", "decay"), [(64, 3), (128, 2)])
 def test_kernels_compile(architecture: int, dtype: torch.dtype, width: int, decay: int, tmp_path: Path) -> None:
-    for kernel, warps, stages, differing in launches(tiles(architecture // 10, width, dtype.itemsize)):
+    for kernel, options, differing in launches(tiles(architecture // 10, width, dtype.itemsize)):
         name = kernel.__name__
-        binary = compiled(kernel, architecture, dtype, constants(dtype, width, decay) | differing, warps, stages)
+        binary = compiled(kernel, architecture, dtype, constants(dtype, width, decay) | differing, *options)
         assert binary.metadata.shared <= SHARED_MEMORY[architecture], f"{name}: {binary.metadata.shared} bytes shared"
         if architecture == 90 and dtype == torch.bfloat16:
-            if name not in ("scan_kernel", "norm_kernel", "extreme_prepare_kernel"):
+            if name not in ("scan_kernel", "row_kernel", "extreme_prepare_kernel"):
                 assert "wgmma.mma_async" in binary.asm["ptx"], f"{name}: no warp-group matrix instruction"
             if width == 64 and not name.startswith("extreme"):
                 assert stack_bytes(binary, tmp_path) <= SPILLED_BYTES, name

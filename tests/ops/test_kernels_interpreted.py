@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from farspan.ops.gated_linear import triton as kernels
+from farspan.ops.gated_linear import launches as kernels
+from farspan.ops.gated_linear import plan
 from farspan.ops.gated_linear.triton import gated_linear_attention_triton
 from farspan.ops.metala.triton import metala_attention_triton
 from tests import tolerances
@@ -36,8 +37,10 @@ OPTIONS = {
 def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CHUNK", 16)
     monkeypatch.setattr(kernels, "NARROWEST", 16)
-    monkeypatch.setattr(kernels, "PROGRAMS", 1)
-    monkeypatch.setattr(kernels, "SEGMENT", (1, 2))
+    kernels._device_tiles.cache_clear()
+    kernels._constants.cache_clear()
+    monkeypatch.setattr(plan, "PROGRAMS", 1)
+    monkeypatch.setattr(plan, "SEGMENT", (1, 2))
 
 
 def gated(cu_seqlens: Tensor | None = None) -> partial:

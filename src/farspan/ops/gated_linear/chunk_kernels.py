@@ -7,10 +7,10 @@ Chunks whose decays exceed the limit are left to `extreme_kernels`.
 import triton
 import triton.language as tl
 
-from farspan.ops.gated_linear.kernels import cumsum, exp, is_extreme, key_and_decay, sigmoid, write_output
+from farspan.ops.gated_linear.kernels import INTEGERS, cumsum, exp, is_extreme, key_and_decay, sigmoid, write_output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def output_kernel(
     q_tilde, k_tilde, v, half, u, states, out, rstd, chunks, eps,
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -41,70 +41,39 @@ def output_kernel(
     write_output(b_o, b_v, u, out, rstd, row, o_t, o_v, m_t, m_v, eps, H, V, AUGMENT, INSIDE, NORMALIZE, FAST)
 
 
-@triton.jit
-def norm_kernel(dy, y, rstd, d_out, rows, V: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr):
-    """Gradient of the normalisation: `rstd (dy - mean(dy) - y mean(dy y))` for BR rows of V."""
-    o_r, o_v = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BV)
-    mask = (o_r < rows)[:, None] & (o_v < V)[None, :]
-    offset = o_r[:, None] * V + o_v[None, :]
-    b_dy = tl.load(dy + offset, mask=mask, other=0.0).to(tl.float32)
-    b_y = tl.load(y + offset, mask=mask, other=0.0).to(tl.float32)
-    b_rstd = tl.load(rstd + o_r, mask=o_r < rows, other=0.0)
-    b_do = b_dy - (tl.sum(b_dy, axis=1) / V)[:, None] - b_y * (tl.sum(b_dy * b_y, axis=1) / V)[:, None]
-    tl.store(d_out + offset, (b_do * b_rstd[:, None]).to(d_out.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def value_gradient_kernel(
-    q_tilde, k_tilde, v, half, u, d_out, d_states, dv, du, chunks,
-    H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, LIMIT: tl.constexpr, AUGMENT: tl.constexpr, INSIDE: tl.constexpr,
-    FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=INTEGERS)
+def row_kernel(
+    dy, y, rstd, v, u, d_out, dv, du, rows,
+    V: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr, AUGMENT: tl.constexpr, INSIDE: tl.constexpr,
+    NORMALIZE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of v, and of MetaLA's u, of one chunk."""
-    i_c, i_h = tl.program_id(0), tl.program_id(1)
-    place = i_c.to(tl.int64) * H + i_h
-    if is_extreme(half, place, K, BK, DECAY, LIMIT):
-        return
-    t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
-    o_k, o_t = tl.arange(0, BK), tl.arange(0, BT)
-    row = t.to(tl.int64) * H + i_h
-    own = place * (K * V)
-    m_t, m_k = (t + o_t) < last, o_k < K
-    mask = m_t[:, None] & m_k[None, :]
-    base, o_x = row * K, o_t[:, None] * (H * K) + o_k[None, :]
-    b_q = tl.load(q_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
-    b_k = tl.load(k_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
-    b_at = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-    b_at = tl.where(o_t[:, None] <= o_t[None, :], b_at, 0.0).to(DOT)
-    b_du, b_u = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
+    """Gradients of the norm, `rstd (dy - mean(dy) - y mean(dy y))`, and of the augmentation, for BR rows of V."""
+    o_r, o_v = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BV)
+    m_r = o_r < rows
+    mask = m_r[:, None] & (o_v < V)[None, :]
+    offset = o_r[:, None] * V + o_v[None, :]
+    b_do = tl.load(dy + offset, mask=mask, other=0.0).to(tl.float32)
+    if NORMALIZE:
+        b_y = tl.load(y + offset, mask=mask, other=0.0).to(tl.float32)
+        b_rstd = tl.load(rstd + o_r, mask=m_r, other=0.0)
+        b_do = b_do - (tl.sum(b_do, axis=1) / V)[:, None] - b_y * (tl.sum(b_do * b_y, axis=1) / V)[:, None]
+        b_do *= b_rstd[:, None]
+        tl.store(d_out + offset, b_do.to(d_out.dtype.element_ty), mask=mask)
     if AUGMENT:
-        b_u += tl.load(u + row + o_t * H, mask=m_t, other=0.0)
-    for i_v in range(tl.cdiv(V, BV)):
-        o_v = i_v * BV + tl.arange(0, BV)
-        m_v = m_t[:, None] & (o_v < V)[None, :]
-        o_y = o_t[:, None] * (H * V) + o_v[None, :]
-        b_do = tl.load(d_out + row * V + o_y, mask=m_v, other=0.0)
-        o_s = o_k[:, None] * V + o_v[None, :]
-        b_ds = tl.load(d_states + own + o_s, mask=m_k[:, None] & (o_v < V)[None, :], other=0.0).to(DOT)
-        b_dv = tl.dot(b_at, b_do.to(DOT), input_precision=PRECISION)
-        b_dv = tl.dot(b_k, b_ds, b_dv, input_precision=PRECISION)
-        if AUGMENT:
-            b_v, b_do = tl.load(v + row * V + o_y, mask=m_v, other=0.0).to(tl.float32), b_do.to(tl.float32)
-            if INSIDE:
-                b_r = sigmoid(b_u[:, None] * b_v, FAST)
-                b_slope = b_do * (b_r - b_r * b_r)
-                b_dv += b_u[:, None] * b_slope
-                b_du += tl.sum(b_slope * b_v, axis=1)
-            else:
-                b_dv += tl.sigmoid(b_u)[:, None] * b_do
-                b_du += tl.sum(b_do * b_v, axis=1) * tl.sigmoid(b_u) * tl.sigmoid(-b_u)
-        tl.store(dv + row * V + o_y, b_dv.to(dv.dtype.element_ty), mask=m_v)
-    if AUGMENT:
-        tl.store(du + row + o_t * H, b_du, mask=m_t)
+        b_u = tl.load(u + o_r, mask=m_r, other=0.0)
+        b_v = tl.load(v + offset, mask=mask, other=0.0).to(tl.float32)
+        if INSIDE:
+            b_r = sigmoid(b_u[:, None] * b_v, FAST)
+            b_slope = b_do * (b_r - b_r * b_r)
+            b_dv, b_du = b_u[:, None] * b_slope, tl.sum(b_slope * b_v, axis=1)
+        else:
+            b_r = sigmoid(b_u, FAST)
+            b_dv, b_du = b_r[:, None] * b_do, tl.sum(b_do * b_v, axis=1) * (b_r - b_r * b_r)
+        tl.store(dv + offset, b_dv.to(dv.dtype.element_ty), mask=mask)
+        tl.store(du + o_r, b_du, mask=m_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def gradient_kernel(
     k, q_tilde, k_tilde, v, gate, half, weight, d_out, states, d_states, dq, dk, d_gate, du, d_weight, chunks,
     scale, tau,

@@ -9,7 +9,7 @@ the common case.
 import triton
 import triton.language as tl
 
-from farspan.ops.gated_linear.kernels import cumsum, is_extreme, key_and_decay, sigmoid, write_output
+from farspan.ops.gated_linear.kernels import INTEGERS, cumsum, is_extreme, key_and_decay, sigmoid, write_output
 
 MANY = tl.constexpr(16)
 
@@ -63,7 +63,7 @@ def _extreme_prepare(
     tl.store(k_tilde + o_x, b_k.to(k_tilde.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def extreme_prepare_kernel(
     q, k, gate, q_tilde, k_tilde, half, chunks, count, scale, tau,
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -113,7 +113,7 @@ def _extreme_output(
     write_output(b_o, b_v, u, out, rstd, row, o_t, o_v, m_t, m_v, eps, H, V, AUGMENT, INSIDE, NORMALIZE, FAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def extreme_output_kernel(
     q, k, q_tilde, v, gate, half, u, states, out, rstd, chunks, count, scale, tau, eps,
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -240,7 +240,7 @@ def _extreme_gradient(
             tl.store(d_gate + row + o_t * H, b_sum.to(d_gate.dtype.element_ty), mask=m_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def extreme_gradient_kernel(
     q, k, q_tilde, k_tilde, v, gate, half, u, weight, d_out, states, d_states, dq, dk, dv, d_gate, d_weight, chunks,
     count, scale, tau,
@@ -248,7 +248,7 @@ def extreme_gradient_kernel(
     DECAY: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.constexpr, AUGMENT: tl.constexpr,
     INSIDE: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As `value_gradient_kernel` and `gradient_kernel`, for the extreme ones among `MANY` chunks."""
+    """All gradients, for the extreme ones among `MANY` chunks."""
     i_h = tl.program_id(1)
     first = tl.program_id(0) * MANY
     if _any_extreme(half, first, count, i_h, H, K, BK, LIMIT):

@@ -33,6 +33,8 @@ import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
+# Integers compile once for all values.
+INTEGERS = ("H", "rows", "count")
 # exp of this is 0 in float32; sums of log decays stay small where a decay is 0.
 LOG_ZERO = tl.constexpr(-200.0)
 
@@ -48,9 +50,9 @@ def exp(x, FAST: tl.constexpr):
 
 @triton.jit
 def sigmoid(x, FAST: tl.constexpr):
-    if FAST == 2:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1 + exp(-x, FAST)], dtype=tl.float32, is_pure=True, pack=1
+    if FAST == 2:  # one hardware function instead of two
+        return 0.5 + 0.5 * tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [0.5 * x], dtype=tl.float32, is_pure=True, pack=1
         )
     return tl.sigmoid(x)
 
@@ -125,7 +127,7 @@ def write_output(
     tl.store(out + row * V + o_t[:, None] * (H * V) + o_v[None, :], b_o.to(out.dtype.element_ty), mask=m_v)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def prepare_kernel(
     q, k, gate, weight, q_tilde, k_tilde, centre, half, u, chunks, scale, tau,
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -170,15 +172,18 @@ def is_extreme(half, place, K: tl.constexpr, BK: tl.constexpr, DECAY: tl.constex
     return tl.max(tl.load(half + place * K + o_k, mask=o_k < K, other=0.0), axis=0) > LIMIT
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def state_kernel(
-    x, y, centre, half, start, end, lost, states, segments,
+    x, y, centre, half, start, end, lost, states, k_tilde, dv, segments,
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, REVERSE: tl.constexpr, HAS_START: tl.constexpr,
-    STORE_STATES: tl.constexpr, STORE_END: tl.constexpr, STORE_LOST: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STORE_STATES: tl.constexpr, STORE_END: tl.constexpr, STORE_LOST: tl.constexpr, STORE_VALUES: tl.constexpr,
+    AUGMENT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walks a segment: forward with x = k~ and y = v for the states, in reverse with q~ and do for their gradients."""
+    """Walks a segment: forward with x = k~ and y = v for the states, in reverse with q~ and do for their gradients.
+
+    In reverse it can give the gradient of v too, added to that of MetaLA's augmentation where there is one.
+    """
     i_s, i_h, i_v = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, last, chunk = tl.load(segments + 3 * i_s), tl.load(segments + 3 * i_s + 1), tl.load(segments + 3 * i_s + 2)
     count = tl.cdiv(last - first, BT)
@@ -209,8 +214,7 @@ def state_kernel(
         p_states = states + place * (K * V) + o_s
         place += step
         if DECAY == 0:
-            if STORE_STATES:
-                tl.store(p_states, b_s.to(states.dtype.element_ty), mask=m_s)
+            b_now = b_s.to(states.dtype.element_ty)
             b_s += tl.dot(b_x.to(DOT), b_y.to(DOT), input_precision=PRECISION)
         else:
             moderate = tl.max(b_h, axis=0) <= LIMIT
@@ -221,20 +225,34 @@ def state_kernel(
             b_m = tl.load(centre + place * K + o_k, mask=m_c, other=0.0)
             b_h = tl.load(half + place * K + o_k, mask=m_c, other=0.0)
             b_here, b_added = (b_out, b_in) if REVERSE else (b_in, b_out)
-            if STORE_STATES:
-                tl.store(p_states, (b_s * b_here[:, None]).to(states.dtype.element_ty), mask=m_s)
+            b_now = (b_s * b_here[:, None]).to(states.dtype.element_ty)
             b_new = tl.dot(b_x.to(DOT), b_y.to(DOT), input_precision=PRECISION)
             b_s = b_s * b_keep[:, None] + b_new * b_added[:, None]
+        if STORE_STATES:
+            tl.store(p_states, b_now, mask=m_s)
+        if STORE_VALUES:
+            o_y = row * V + o_t[:, None] * (H * V) + o_v[None, :]
+            m_y = m_t[:, None] & m_v[None, :]
+            b_k = tl.load(
+                k_tilde + row * K + o_t[:, None] * (H * K) + o_k[None, :], mask=m_t[:, None] & m_k[None, :], other=0.0
+            )
+            b_at = tl.dot(b_k.to(DOT), b_x.to(DOT), input_precision=PRECISION)
+            b_at = tl.where(o_t[:, None] <= o_t[None, :], b_at, 0.0).to(DOT)
+            b_dv = tl.dot(b_at, b_y.to(DOT), input_precision=PRECISION)
+            b_dv = tl.dot(b_k.to(DOT), b_now.to(DOT), b_dv, input_precision=PRECISION)
+            if AUGMENT:
+                b_dv += tl.load(dv + o_y, mask=m_y, other=0.0).to(tl.float32)
+            tl.store(dv + o_y, b_dv.to(dv.dtype.element_ty), mask=m_y)
     if STORE_END:
         tl.store(end + own + o_s, b_s, mask=m_s)
     if STORE_LOST:
         tl.store(lost + (i_s.to(tl.int64) * H + i_h) * K + o_k, b_lost, mask=m_k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=INTEGERS)
 def scan_kernel(
     added, lost, initial, start, final, offsets,
-    H, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr,
+    H, K: tl.constexpr, V: tl.constexpr, BN: tl.constexpr, REVERSE: tl.constexpr, HAS_START: tl.constexpr,
 ):  # fmt: skip
     """The state entering every segment of a sequence from what the segments add."""
     i_n, i_h, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -242,7 +260,9 @@ def scan_kernel(
     o_n = i_b * BN + tl.arange(0, BN)
     m_n = o_n < K * V
     own = (i_n.to(tl.int64) * H + i_h) * (K * V)
-    b_s = tl.load(initial + own + o_n, mask=m_n, other=0.0)
+    b_s = tl.zeros([BN], tl.float32)
+    if HAS_START:
+        b_s += tl.load(initial + own + o_n, mask=m_n, other=0.0).to(tl.float32)
     base = (last - 1 if REVERSE else first).to(tl.int64) * H + i_h
     b_added = tl.load(added + base * (K * V) + o_n, mask=m_n, other=0.0)
     b_lost = tl.load(lost + base * K + o_n // V, mask=m_n, other=0.0)

@@ -29,14 +29,13 @@ def metala_attention_triton(
     padding_mask = options["padding_mask"]
     if padding_mask is not None:
         gate_logits = gate_logits.masked_fill((padding_mask == 0)[..., None, None], KEEP)
-    kernel_options = gated_linear.Options(
+    form = gated_linear.Form(
         scale=float(options["scale"]),
-        decay=3,
+        from_logits=True,
         normalizer=float(options["decay_normalizer"]),
-        augment=augmentation is not None,
         inside=options["augmentation_inside"],
         normalize=options["normalize"],
-        eps=options["norm_eps"],
+        eps=float(options["norm_eps"]),
     )
     state, sequences = options["initial_state"], options["cu_seqlens"]
-    return gated_linear.attend(q, None, v, gate_logits, augmentation, state, sequences, kernel_options)
+    return gated_linear.attend(q, None, v, gate_logits, augmentation, state, sequences, form)

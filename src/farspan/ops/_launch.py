@@ -1,0 +1,123 @@
+"""Launching Triton kernels: little work per launch, and all kernels of an operator compiled side by side at its first.
+
+A launch through Triton's own front costs tens of microseconds, most of it to find out that nothing has changed. Here a
+launch is looked up by the dtypes of its tensors and its compile-time arguments alone.
+"""
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+# The interpreter takes every launch as it comes, and knows no compiler.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+class Constants(dict[str, Any]):
+    """Compile-time arguments by name, told apart by identity: whoever makes them keeps them."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+_compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+_pending: dict[Hashable, Future[Any]] = {}
+_rehearsed: set[Hashable] = set()
+_lock = threading.Lock()
+
+
+class _Rehearsal(threading.local):
+    jobs: list[tuple[Hashable, Callable[[], Any]]] | None = None
+
+
+_rehearsal = _Rehearsal()
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Sequence[Tensor | float],
+    constants: Constants,
+    warps: int,
+    stages: int = 1,
+    registers: int | None = None,
+) -> None:
+    """Starts a kernel on the current device and stream.
+
+    Args:
+        kernel: a `triton.jit` function that specialises no integer.
+        grid: number of programs along one to three axes; no program, no launch.
+        arguments: tensors and numbers, in the kernel's order.
+        constants: the kernel's compile-time arguments, all of those that follow; the same object at every launch.
+        warps: warps of a program.
+        stages: depth of the pipelines of loops.
+        registers: most registers of a thread, so that more programs share a multiprocessor; None leaves it open.
+    """
+    if 0 in grid:
+        return
+    if INTERPRETED:
+        kernel[grid](*arguments, **constants)
+        return
+    device, aligned = torch.cuda.current_device(), True
+    kinds: list[torch.dtype | int | None] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            kinds.append(argument.dtype)
+            aligned &= argument.data_ptr() % 16 == 0
+        else:
+            kinds.append(argument >> 31 if isinstance(argument, int) else None)
+    key = (constants, device, warps, stages, registers, id(kernel), *kinds)
+    if _rehearsal.jobs is None and aligned and (known := _compiled.get(key)) is not None:
+        binary, rest = known
+        binary[(*grid, 1, 1)[:3]](*arguments, *rest)
+        return
+    options = {**constants, "num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    if _rehearsal.jobs is not None:
+        _rehearsal.jobs.append((key, functools.partial(_compile, device, kernel, grid, arguments, options)))
+        return
+    with _lock:
+        compiling = _pending.pop(key, None)
+    if compiling is not None:
+        compiling.result()
+    binary = kernel[grid](*arguments, **options)
+    if aligned:
+        _compiled[key] = binary, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+
+
+def compile_ahead(key: Hashable, rehearse: Callable[[], object]) -> None:
+    """Begins to compile, in threads, all kernels that a function would launch; later calls with the key do nothing.
+
+    Args:
+        key: what the kernels depend on.
+        rehearse: makes the launches on small tensors, of which only dtypes matter; nothing is launched.
+    """
+    if INTERPRETED or key in _rehearsed or _rehearsal.jobs is not None:
+        return
+    _rehearsed.add(key)
+    jobs: list[tuple[Hashable, Callable[[], Any]]] = []
+    _rehearsal.jobs = jobs
+    try:
+        rehearse()
+    finally:
+        _rehearsal.jobs = None
+    with _lock:
+        for name, job in dict(jobs).items():
+            if name not in _compiled and name not in _pending:
+                _pending[name] = _pool().submit(job)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="farspan-compile")
+
+
+def _compile(
+    device: int, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Tensor | float], options: Mapping[str, Any]
+) -> None:
+    with torch.cuda.device(device):
+        kernel.warmup(*arguments, grid=grid, **options)

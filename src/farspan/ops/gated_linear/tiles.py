@@ -1,0 +1,38 @@
+"""Block sizes of the kernels of gated linear attention, by table."""
+
+from typing import NamedTuple
+
+# Warp-group matrix instructions fail on blocks of 32 columns.
+NARROWEST = 64
+
+Tile = tuple[int, int, int, int | None]
+WIDE = (NARROWEST, 4, 1, None)
+EXTREME_PREPARE = (NARROWEST, 4, 1, None)
+SCAN = (NARROWEST, 2, 1, None)
+
+
+class Tiles(NamedTuple):
+    """Sizes of the kernels' blocks: columns of V at once, warps, stages, most registers of a thread."""
+
+    state: Tile = (64, 4, 3, None)
+    output: Tile = (128, 4, 1, 128)
+    gradient: Tile = (64, 4, 3, None)
+    prepare: Tile = (NARROWEST, 4, 1, 128)
+
+
+# (architecture family, padded K up to, bytes of an operand) -> tiles. The nearest older family serves an unlisted one.
+TILES = {
+    (8, 64, 2): Tiles(),
+    (8, 128, 2): Tiles((64, 4, 2, None), (64, 8, 1, None), (64, 8, 1, None), WIDE),
+    (8, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (64, 8, 1, None), WIDE),
+    (9, 64, 2): Tiles(),
+    (9, 128, 2): Tiles((64, 4, 2, None), (64, 8, 1, None), (64, 8, 1, None), WIDE),
+    (9, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (64, 8, 1, None), WIDE),
+}
+
+
+def tiles(family: int, width: int, size: int) -> Tiles:
+    """The entry of the table for an architecture family, a padded K and the bytes of an operand."""
+    known = max(entry[0] for entry in TILES if entry[0] <= family)
+    fitting = (entry for entry in sorted(TILES) if entry[0] == known and width <= entry[1] and size <= entry[2])
+    return TILES[next(fitting)]
