@@ -1,0 +1,114 @@
+"""A tiny configuration of every published family, and a random checkpoint of each: what the converters are tested on.
+
+`TINY` is the table: the family's name, or `name/variant` for further forms of it, → its configuration. A new family adds
+a line; `tests/models/test_convert.py` then converts a checkpoint of it both ways.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import farspan.models
+from farspan import FarspanConfig
+from farspan.models.convert import families
+from farspan.models.convert.names import to_published
+from farspan.models.modeling import FarspanPreTrainedModel
+from farspan.models.presets.cottention import bert_block, gptj_block
+from farspan.models.presets.longnet import longnet_block
+
+_SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def _bert(mixer: str, head: str = "FarspanForMaskedLM", **fields: Any) -> FarspanConfig:
+    masked = {"lm_head_bias": True, "tie_word_embeddings": True} if head == "FarspanForMaskedLM" else {}
+    sizes = {
+        **_SIZES,
+        "intermediate_size": 48,
+        "max_position_embeddings": 64,
+        "type_vocab_size": 2,
+        "hidden_act": "gelu",
+    }
+    sizes |= {"norm_eps": 1e-12, "pad_token_id": 0}
+    return FarspanConfig(**{**sizes, **bert_block(mixer), **masked, "architectures": [head], "pooler": True, **fields})
+
+
+def _gptj(mixer: str, **fields: Any) -> FarspanConfig:
+    sizes = {**_SIZES, "intermediate_size": 48, "max_position_embeddings": 64, "hidden_act": "gelu_tanh"}
+    head = {"norm_eps": 1e-5, "lm_head_bias": True, "architectures": ["FarspanForCausalLM"]}
+    return FarspanConfig(**{**sizes, **gptj_block(mixer, 0.5), **head, **fields})
+
+
+def _metala(**fields: Any) -> FarspanConfig:
+    sizes = {**_SIZES, "intermediate_size": 48, "mixers": ["metala"], "architectures": ["FarspanForCausalLM"]}
+    return FarspanConfig(**{**sizes, **fields})
+
+
+def _longnet(**fields: Any) -> FarspanConfig:
+    sizes = {**_SIZES, "intermediate_size": 48, "architectures": ["FarspanForCausalLM"]}
+    return FarspanConfig(
+        **{**sizes, "hidden_act": "gelu", **longnet_block([8, 16], [1, 2], positions="xpos"), **fields}
+    )
+
+
+_ENCODER: dict[str, Any] = {"vocab_size": 0, "causal": False, "architectures": ["FarspanModel"]}
+
+TINY: dict[str, Callable[[], FarspanConfig]] = {
+    "cottention-bert": lambda: _bert("cosine", next_sentence_head=True),
+    "cottention-bert/classifier": lambda: _bert("cosine", "FarspanForSequenceClassification", num_labels=3),
+    "bert": lambda: _bert("softmax", next_sentence_head=True),
+    "bert/tokens": lambda: _bert("softmax", "FarspanForTokenClassification", pooler=False, num_labels=5),
+    "bert/stack": lambda: _bert("softmax", "FarspanModel"),
+    "cottention-gpt": lambda: _gptj("cosine"),
+    "gptj": lambda: _gptj("softmax"),
+    "gptj/tied": lambda: _gptj("softmax", tie_word_embeddings=True),
+    "metala": lambda: _metala(norm_type="simple_rms_norm"),
+    "metala/tied": lambda: _metala(norm_type="simple_rms_norm", tie_word_embeddings=True),
+    "metala-neox": lambda: _metala(norm_type="layer_norm", norm_eps=1e-5),
+    "longnet-decoder": lambda: _longnet(),
+    "longnet-encoder": lambda: _longnet(**_ENCODER),
+}
+
+
+def family_of(case: str) -> families.Family:
+    """The family of a name in `TINY`."""
+    return families.get(case.partition("/")[0])
+
+
+def tiny_model(case: str) -> FarspanPreTrainedModel:
+    """A model of a name in `TINY`, in evaluation mode, with no parameter left at a value that hides a mistake."""
+    torch.manual_seed(0)
+    config = TINY[case]()
+    assert config.architectures is not None
+    model = getattr(farspan.models, config.architectures[0])(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.numel() > 1 and (parameter == parameter.flatten()[0]).all():
+                parameter.normal_(mean=1.0 if "norm" in name else 0.0, std=0.3)
+    return model
+
+
+def own_state(model: FarspanPreTrainedModel) -> dict[str, Tensor]:
+    """The tensors of a model that its files hold: a tied head is the embedding."""
+    return {name: x for name, x in model.state_dict().items() if name not in model.all_tied_weights_keys}
+
+
+def published_checkpoint(
+    case: str, dtype: torch.dtype = torch.float32
+) -> tuple[FarspanPreTrainedModel, dict[str, Any], dict[str, Tensor]]:
+    """A model, and the config.json and the tensors that its authors would have published for it."""
+    family, model = family_of(case), tiny_model(case).to(dtype)
+    state = to_published(own_state(model), family.entries(model.config))
+    return model, family.write_config(model.config), {name: x.clone().contiguous() for name, x in state.items()}
+
+
+def save_published(directory: Path, config: dict[str, Any], state: dict[str, Tensor]) -> Path:
+    """Saves a checkpoint as one safetensors file with its config.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
