@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         FarspanForTokenClassification,
     )
     from farspan.models.modeling import FarspanModel
+    from farspan.models.vision import FarspanForImageClassification
     from farspan.nn.feed_forward import FeedForward, register_feed_forward
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "DilatedAttention",
     "FarspanConfig",
     "FarspanForCausalLM",
+    "FarspanForImageClassification",
     "FarspanForMaskedLM",
     "FarspanForSequenceClassification",
     "FarspanForTokenClassification",
@@ -47,6 +49,7 @@ _load = lazy_attributes(
         "DilatedAttention": "farspan.mixers.dilated",
         "FarspanConfig": "farspan.models.configuration",
         "FarspanForCausalLM": "farspan.models.causal_lm",
+        "FarspanForImageClassification": "farspan.models.vision",
         "FarspanForMaskedLM": "farspan.models.heads",
         "FarspanForSequenceClassification": "farspan.models.heads",
         "FarspanForTokenClassification": "farspan.models.heads",
@@ -85,6 +88,7 @@ def _register_models() -> None:
     for name, home in (
         ("MODEL_MAPPING", "modeling:FarspanModel"),
         ("MODEL_FOR_CAUSAL_LM_MAPPING", "causal_lm:FarspanForCausalLM"),
+        ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", "vision:FarspanForImageClassification"),
         ("MODEL_FOR_MASKED_LM_MAPPING", "heads:FarspanForMaskedLM"),
         ("MODEL_FOR_PRETRAINING_MAPPING", "heads:FarspanForMaskedLM"),
         ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "heads:FarspanForSequenceClassification"),

@@ -163,3 +163,16 @@ def _layer_outputs(layers: list[FarspanBlock]) -> list[Tensor]:
     for layer in layers:
         layer.register_forward_hook(lambda _module, _inputs, output: found.append(output[0]))
     return found
+
+
+def longvit(case: Case) -> None:
+    """Features are the states of the patches; without a head the logits are their mean."""
+    model, entries = published_model(case, "longvit")
+    out = model(case.inputs["image"], output_hidden_states=True)
+    features = out.hidden_states[-1]
+    case.close("features", features, case.outputs["features"])
+    case.close("mean", out.logits, case.outputs["features"].mean(1))
+    loss = (features * case.inputs["loss_weight"]).sum()
+    case.close("loss", loss.reshape(1), case.outputs["loss"])
+    loss.backward()
+    case.close_gradients(gradients(model, entries), case.grads)

@@ -45,6 +45,7 @@ RUNNERS: dict[str, Callable[[Case], None]] = {
     "dilated.op": longnet_cases.operator,
     "longnet.decoder.lm": longnet_cases.decoder_lm,
     "longnet.encoder": longnet_cases.encoder,
+    "longvit.classifier": longnet_cases.longvit,
     "longnet.xpos_and_relative_bias": longnet_cases.xpos_and_relative_bias,
     "metala.hf.mixer": metala_cases.hf_mixer,
     "metala.hf.decode": metala_cases.hf_decode,
@@ -71,7 +72,6 @@ PENDING = frozenset(
         "doge.hf.lm",
         "doge.sd1.lm",
         "doge.seed.lm",
-        "longvit.classifier",
         "task.sample",
     ]
 )

@@ -14,15 +14,19 @@ if TYPE_CHECKING:
         FarspanForTokenClassification,
     )
     from farspan.models.modeling import FarspanModel
+    from farspan.models.vision import FarspanForImageClassification
+    from farspan.models.vision_options import VisionOptions
 
 __all__ = [
     "FarspanCache",
     "FarspanConfig",
     "FarspanForCausalLM",
+    "FarspanForImageClassification",
     "FarspanForMaskedLM",
     "FarspanForSequenceClassification",
     "FarspanForTokenClassification",
     "FarspanModel",
+    "VisionOptions",
 ]
 
 _load = lazy_attributes(
@@ -31,6 +35,8 @@ _load = lazy_attributes(
         "FarspanCache": "farspan.models.cache",
         "FarspanModel": "farspan.models.modeling",
         "FarspanForCausalLM": "farspan.models.causal_lm",
+        "FarspanForImageClassification": "farspan.models.vision",
+        "VisionOptions": "farspan.models.vision_options",
         "FarspanForMaskedLM": "farspan.models.heads",
         "FarspanForSequenceClassification": "farspan.models.heads",
         "FarspanForTokenClassification": "farspan.models.heads",

@@ -9,6 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from farspan.errors import ConfigError, nearest
 from farspan.mixers.base import MIXERS
+from farspan.models.vision_options import check_vision
 from farspan.nn.feed_forward import FEED_FORWARDS, activation
 from farspan.nn.norms import NORMS
 from farspan.nn.options import fits, words
@@ -83,10 +84,11 @@ class FarspanConfig(PreTrainedConfig):
         pooler: whether the stack ends with BERT's pooler, tanh of a linear map of the first token.
         next_sentence_head: whether the masked language model also says if two sentences follow one another.
         classifier_pooling: which state of a row a sequence classifier reads: `last` or `first` real token, `mean` of
-            the real tokens, or `pooler`; None takes `pooler` if there is one, else `last` (causal) or `mean`.
+            the real tokens, or `pooler`; None takes `pooler` if there is one, else `last` (causal), `first` (with a
+            class token) or `mean`.
         classifier_bias: whether classifiers have a bias.
         classifier_dropout: dropout before classifiers.
-        vision: fields of `VisionOptions` for models that read images or features of image tiles; None for text.
+        vision: fields of `VisionOptions` for models that read images or features of their tiles; None for text.
         causal: whether a token sees only its past. False needs mixers that can look both ways.
         initializer_range: standard deviation of linear and embedding weights at initialisation.
         tie_word_embeddings: whether the head is the embedding.
@@ -210,6 +212,8 @@ class FarspanConfig(PreTrainedConfig):
             raise ConfigError("next_sentence_head=true reads the pooler; set pooler=true.")
         if self.classifier_pooling == "pooler" and not self.pooler:
             raise ConfigError("classifier_pooling='pooler' needs pooler=true; or choose 'last', 'first' or 'mean'.")
+        if self.vision is not None:
+            check_vision(self)
         if self.tie_word_embeddings and self.vocab_size == 0:
             raise ConfigError("tie_word_embeddings=true needs token embeddings; set vocab_size or leave the tie out.")
 
@@ -244,7 +248,10 @@ class FarspanConfig(PreTrainedConfig):
         if self.final_norm is None:
             self.final_norm = self.norm_place != "post"
         if self.classifier_pooling is None:
-            self.classifier_pooling = "pooler" if self.pooler else "last" if self.causal else "mean"
+            first = self.vision is not None and self.vision.get("class_token", False)
+            self.classifier_pooling = (
+                "pooler" if self.pooler else "last" if self.causal else "first" if first else "mean"
+            )
         if self.norm_place == "sub":
             self._add_inner_norms()
 
