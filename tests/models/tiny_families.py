@@ -20,6 +20,7 @@ from farspan.models.convert.names import to_published
 from farspan.models.modeling import FarspanPreTrainedModel
 from farspan.models.presets.cottention import bert_block, gptj_block
 from farspan.models.presets.longnet import longnet_block
+from farspan.models.presets.vision import gigapath_vision, longvit_vision
 
 _SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -55,6 +56,12 @@ def _longnet(**fields: Any) -> FarspanConfig:
     )
 
 
+def _vision(*, final_norm: bool, num_labels: int = 0, **fields: Any) -> FarspanConfig:
+    sizes = {**_SIZES, "vocab_size": 0, "intermediate_size": 48, "architectures": ["FarspanForImageClassification"]}
+    head = {"hidden_act": "gelu", "final_norm": final_norm, "num_labels": num_labels}
+    return FarspanConfig(**{**sizes, **head, **longnet_block([8, 16], [1, 2]), **fields})
+
+
 _ENCODER: dict[str, Any] = {"vocab_size": 0, "causal": False, "architectures": ["FarspanModel"]}
 
 TINY: dict[str, Callable[[], FarspanConfig]] = {
@@ -68,9 +75,33 @@ TINY: dict[str, Callable[[], FarspanConfig]] = {
     "gptj/tied": lambda: _gptj("softmax", tie_word_embeddings=True),
     "metala": lambda: _metala(norm_type="simple_rms_norm"),
     "metala/tied": lambda: _metala(norm_type="simple_rms_norm", tie_word_embeddings=True),
+    "metala/layer-norm": lambda: _metala(
+        norm_type="layer_norm",
+        norm_eps=1e-5,
+        embedding_scale=32**0.5,
+        feed_forward_options={"gated_mlp": {"bias": True}},
+    ),
     "metala-neox": lambda: _metala(norm_type="layer_norm", norm_eps=1e-5),
+    "metala-neox/tied": lambda: _metala(norm_type="neox_rms_norm", norm_eps=1e-8, tie_word_embeddings=True),
     "longnet-decoder": lambda: _longnet(),
+    "longnet-decoder/deepnorm": lambda: _longnet(
+        **longnet_block([8, 16], [1, 3], norm_place="pre", sub_norm=False, norm_eps=1e-6),
+        residual_scaling="deepnorm",
+        position_embedding="learned",
+        position_embedding_offset=2,
+        max_position_embeddings=64,
+        embedding_norm=True,
+        embedding_scale=32**0.5,
+        tie_word_embeddings=True,
+    ),
     "longnet-encoder": lambda: _longnet(**_ENCODER),
+    "longnet-encoder/deepnorm": lambda: _longnet(
+        **longnet_block([8], [2], norm_place="post", sub_norm=False), residual_scaling="deepnorm", **_ENCODER
+    ),
+    "longvit": lambda: _vision(final_norm=False, num_labels=3, **longvit_vision(32, 8, pooled_norm=True)),
+    "longvit/backbone": lambda: _vision(final_norm=False, **longvit_vision(32, 8, pooled_norm=False)),
+    "gigapath": lambda: _vision(final_norm=True, **gigapath_vision(24)),
+    "gigapath/mean": lambda: _vision(final_norm=True, **gigapath_vision(24, grid_size=9, mean=True)),
 }
 
 

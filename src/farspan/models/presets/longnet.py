@@ -25,8 +25,9 @@ def longnet_block(
     sub_norm: bool = True,
     positions: str = "none",
     norm_eps: float = 1e-5,
+    xpos_scale_base: float = 512.0,
+    attention_dropout: float = 0.0,
     released: bool = True,
-    **options: Any,
 ) -> dict[str, Any]:
     """The fields that make a stack a LongNet as torchscale builds it, whatever its size.
 
@@ -37,8 +38,9 @@ def longnet_block(
         sub_norm: whether a norm stands inside of each branch.
         positions: `none` or `xpos`.
         norm_eps: epsilon of all norms.
+        xpos_scale_base: as in `DilatedOptions`.
+        attention_dropout: of the attention weights.
         released: whether offsets, ragged segments and backward are torchscale's, or the paper's.
-        options: further fields of `DilatedOptions`.
     """
     return {
         "mixers": ["dilated"],
@@ -51,7 +53,8 @@ def longnet_block(
                 "attention_bias": True,
                 "sub_norm": sub_norm,
                 "norm_eps": norm_eps,
-                **options,
+                "xpos_scale_base": xpos_scale_base,
+                "attention_dropout": attention_dropout,
             }
         },
         "feed_forwards": ["mlp"],
