@@ -90,7 +90,7 @@ class StateCache(LayerCache):
                 self.tensors[name].copy_(x)
             elif x is not None:
                 x = x.detach().contiguous()
-                view = x.untyped_storage().nbytes() != x.nbytes
+                view = torch.compiler.is_compiling() or x.untyped_storage().nbytes() != x.nbytes
                 self.tensors[name] = x.clone() if view else x
 
 

@@ -97,21 +97,23 @@ class CollinearMixer(Mixer):
         raw = self.t_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
         t = collinear_coefficients(raw, self.rotary_dim, tie=self.options.tie)
         v = self.v_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
-        fresh = cache is None
+        fresh, key_mask, positions = True, None, None
         if cache is not None:
             assert isinstance(cache, CoefficientCache)
             fresh = cache.length == 0
-            coefficients, values, key_mask, positions = cache.append_at(t, v, layout)
-        table = self._rotary(layout, None if fresh else positions)
+            coefficients, values, held, places = cache.append_at(t, v, layout)
+            if not fresh:
+                t, v, key_mask, positions = coefficients, values, held, places
+        table = self._rotary(layout, positions)
 
         def attend(values: Tensor) -> Tensor:
             if not fresh:
-                return self._attend(q, coefficients, values, *table, key_mask=key_mask)
+                return self._attend(q, t, values, *table, key_mask=key_mask)
             # Without a past, padding and packing are one case: real tokens side by side, no T×T mask.
             packed = (layout.pack(part) for part in (q, t, values, *table))
             return layout.unpack(self._attend(*packed, cu_seqlens=layout.sequences()))
 
-        return self.o_proj(layout.observed(attend, v if fresh else values).flatten(2))
+        return self.o_proj(layout.observed(attend, v).flatten(2))
 
     def _attend(self, q: Tensor, t: Tensor, v: Tensor, cos: Tensor, sin: Tensor, **visibility: Any) -> Tensor:
         options = self.options

@@ -1,5 +1,6 @@
 """Dynamic mask attention (Doge): a learned bias per key, formed from its value, and a selection of keys by it."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -153,6 +154,8 @@ class DynamicMaskMixer(Mixer):
         cache: LayerCache | None = None,
         sequence_parallel: Any = None,
     ) -> Tensor:
+        if self.options.looks_ahead:
+            layout = dataclasses.replace(layout, compact=False)
         q, k, v = self.project(x, layout)
         bias = self.key_bias(v)
         ranking = self.key_ranking(x, bias)

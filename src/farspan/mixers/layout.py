@@ -22,6 +22,8 @@ class SequenceLayout:
         cu_seqlens: `[num_seqs + 1]` int32 document boundaries when documents are packed in one row (B = 1); else None.
         context_length: number of positions that a length-dependent position scaling plans for; None is the largest
             position here, plus 1.
+        compact: whether `pack` leaves the padding in, at one end of each row: no shape then depends on a value, as a
+            compiled graph wants it.
         attentions: where to collect the attention weights of this pass, layer after layer; None does not form them.
     """
 
@@ -29,6 +31,7 @@ class SequenceLayout:
     padding_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
     context_length: int | None = None
+    compact: bool = False
     attentions: list[Tensor] | None = None
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
@@ -65,27 +68,37 @@ class SequenceLayout:
 
         return self.once(("rotary", rotary_dim, max_position_embeddings, tuple(sorted(parameters.items()))), compute)
 
-    def pack(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor, ahead: bool = False) -> Tensor:
         """`[B, T, …]` with padding → `[1, N, …]` of the real tokens, row after row; unchanged without padding.
+
+        With `compact` the shape stays. Each row then has its padding at the end, which is exact where no output depends
+        on later tokens; or, with `ahead`, zeros at the start, which is exact where zeros change no state.
 
         A mechanism that handles packed documents so handles padding at any place exactly: a padded token neither
         decays a state, nor writes to it, nor enters a convolution.
         """
         if self.padding_mask is None:
             return x
+        if self.compact:
+            order = self._order(ahead)
+            packed = _rows(x, order)
+            return packed.masked_fill(~_beside(self.padding_mask.gather(1, order), x), 0.0) if ahead else packed
         return x.flatten(0, 1).index_select(0, self._real()).unsqueeze(0)
 
-    def unpack(self, x: Tensor) -> Tensor:
+    def unpack(self, x: Tensor, ahead: bool = False) -> Tensor:
         """The inverse of `pack`: `[1, N, …]` → `[B, T, …]` with zeros at padded tokens."""
         if self.padding_mask is None:
             return x
+        if self.compact:
+            places = self.once(("places", ahead), lambda: self._order(ahead).argsort(dim=1))
+            return _rows(x, places).masked_fill(~_beside(self.padding_mask, x), 0.0)
         rows, length = self.padding_mask.shape
         flat = x.new_zeros((rows * length, *x.shape[2:])).index_copy(0, self._real(), x.squeeze(0))
         return flat.unflatten(0, (rows, length))
 
     def sequences(self) -> Tensor | None:
         """`cu_seqlens` of what `pack` returns: document boundaries, or one sequence per padded row, or None."""
-        if self.padding_mask is None:
+        if self.padding_mask is None or self.compact:
             return self.cu_seqlens
         mask = self.padding_mask
         return self.once(
@@ -95,10 +108,11 @@ class SequenceLayout:
 
     def lengths(self) -> Tensor:
         """Real tokens of each sequence: `[B]`, or `[num_seqs]` when documents are packed; int64."""
-        bounds = self.sequences()
-        if bounds is None:
-            return self.positions.new_full(self.positions.shape[:1], self.positions.shape[1])
-        return bounds.diff().long()
+        if self.padding_mask is not None:
+            return self.padding_mask.sum(-1)
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens.diff().long()
+        return self.positions.new_full(self.positions.shape[:1], self.positions.shape[1])
 
     def observed(self, attend: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
         """`attend(values)`; where attention weights are wanted, in the form that shows them.
@@ -125,10 +139,26 @@ class SequenceLayout:
         shared = values.repeat_interleave(weights.shape[1] // groups, dim=2)
         return (weights @ shared.transpose(1, 2)).transpose(1, 2)
 
+    def _order(self, ahead: bool) -> Tensor:
+        mask = self.padding_mask
+        assert mask is not None
+        last = mask if ahead else ~mask
+        return self.once(("order", ahead), lambda: last.to(torch.int8).argsort(dim=1, stable=True))
+
     def _real(self) -> Tensor:
         mask = self.padding_mask
         assert mask is not None
         return self.once("real tokens", lambda: mask.flatten().nonzero().squeeze(-1))
+
+
+def _rows(x: Tensor, order: Tensor) -> Tensor:
+    """`[B, T, …]` with the places of each row in another order `[B, T]`."""
+    return x.gather(1, _beside(order, x).expand_as(x))
+
+
+def _beside(x: Tensor, like: Tensor) -> Tensor:
+    """`[B, T]` → `[B, T, 1, …]` with as many dimensions as `like`."""
+    return x.reshape(*x.shape, *[1] * (like.dim() - 2))
 
 
 def _frequencies(

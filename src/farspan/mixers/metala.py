@@ -122,7 +122,8 @@ class MetaLAMixer(StateMixer):
         assert cache is None or isinstance(cache, StateCache)
         if cache is not None and takes_step(x, layout, cache):
             return self._step(x, cache)
-        x, boundaries = layout.pack(x), layout.sequences()
+        # Zeros ahead of a text leave the state and the convolution's memory as they are: at zero.
+        x, boundaries = layout.pack(x, ahead=True), layout.sequences()
         convolve = functools.partial(self._convolve, boundaries=boundaries, cache=cache)
         attend = functools.partial(self._attend, boundaries=boundaries, cache=cache)
         if not self.causal:
@@ -135,7 +136,7 @@ class MetaLAMixer(StateMixer):
             self.v_proj(x).unflatten(-1, (self.heads, self.head_value)),
             None if self.k_proj is None else self.k_proj(x).unflatten(-1, (self.heads, self.head_key)),
         )
-        return layout.unpack(self.o_proj(nn.functional.silu(self.gate_proj(x)) * out.flatten(2)))
+        return layout.unpack(self.o_proj(nn.functional.silu(self.gate_proj(x)) * out.flatten(2)), ahead=True)
 
     def _step(self, x: Tensor, cache: StateCache) -> Tensor:
         """One token per row: the same formulas, both states updated in place."""

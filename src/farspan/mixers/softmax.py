@@ -111,21 +111,23 @@ class SoftmaxMixer(Mixer):
             q, k = apply_rotary(q, cos, sin, interleaved), apply_rotary(k, cos, sin, interleaved)
         window = self.options.sliding_window
         dropout = self.options.attention_dropout if self.training else 0.0
-        fresh = cache is None
+        fresh, key_mask = True, None
         if cache is not None:
             assert isinstance(cache, KeyValueCache)
             fresh = cache.length == 0
-            keys, values, key_mask = cache.append(k, v, layout.padding_mask)
+            keys, values, held = cache.append(k, v, layout.padding_mask)
+            if not fresh:
+                k, v, key_mask = keys, values, held
         settings: dict[str, Any] = {"causal": self.causal, "window": window, "dropout": dropout}
 
         def attend(values: Tensor) -> Tensor:
             if not fresh:
-                return softmax_attention(q, keys, values, key_mask=key_mask, **settings)
+                return softmax_attention(q, k, values, key_mask=key_mask, **settings)
             # Without a past, padding and packing are one case: real tokens side by side, no T×T mask.
             packed = (layout.pack(part) for part in (q, k, values))
             return layout.unpack(softmax_attention(*packed, cu_seqlens=layout.sequences(), **settings))
 
-        out = layout.observed(attend, v if fresh else values)
+        out = layout.observed(attend, v)
         return self.o_proj(self.sub_norm(out.flatten(2)))
 
     def new_cache(self) -> LayerCache:

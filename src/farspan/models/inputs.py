@@ -70,6 +70,7 @@ def layout_of(
     cu_seqlens: Tensor | None,
     cache: FarspanCache | None,
     context_length: int | None,
+    causal: bool = True,
 ) -> SequenceLayout:
     """Where the tokens of one forward pass stand; fixes the cache's context length at its first use.
 
@@ -77,6 +78,7 @@ def layout_of(
         shape: rows and new tokens per row, (B, T).
         device: where the positions are wanted.
         attention_mask, position_ids, cu_seqlens, cache, context_length: as in `FarspanForCausalLM.forward`.
+        causal: whether a token sees only its past.
 
     Raises:
         ShapeError: for inputs that do not fit each other.
@@ -107,7 +109,8 @@ def layout_of(
     if cache is not None:
         cache.context_length = cache.context_length or context_length or seen + length
         context_length = cache.context_length
-    return SequenceLayout(positions, mask, cu_seqlens, context_length)
+    compact = torch.compiler.is_compiling() and causal and seen == 0
+    return SequenceLayout(positions, mask, cu_seqlens, context_length, compact)
 
 
 def check_table(layout: SequenceLayout, reach: int | None, rows: int) -> None:

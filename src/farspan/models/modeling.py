@@ -148,7 +148,14 @@ class FarspanModel(FarspanPreTrainedModel):
             past_key_values = self.new_cache(context_length)
         check_cache(past_key_values, len(self.layers), rows, self.config.causal)
         layout = layout_of(
-            (rows, length), x.device, attention_mask, position_ids, cu_seqlens, past_key_values, context_length
+            (rows, length),
+            x.device,
+            attention_mask,
+            position_ids,
+            cu_seqlens,
+            past_key_values,
+            context_length,
+            self.config.causal,
         )
         if observe:
             layout.attentions = []
