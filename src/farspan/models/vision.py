@@ -29,22 +29,48 @@ class FarspanImageClassifierOutput(ImageClassifierOutput):
     auxiliary: tuple[AuxiliaryRecord | None, ...] | None = None
 
 
-class PatchEmbeddings(nn.Module):
-    """x_p = W · pixels of patch p + b + position of p, patches counted row after row."""
+class VisionEmbeddings(nn.Module):
+    """What all inputs have: a map to the model's width, perhaps a class token, perhaps learned positions."""
 
-    def __init__(self, config: FarspanConfig, options: VisionOptions) -> None:
+    def __init__(self, config: FarspanConfig, options: VisionOptions, projection: nn.Conv2d | nn.Linear) -> None:
         super().__init__()
         self.options = options
         self.initializer_range = config.initializer_range
-        size = options.patch_size
-        self.projection = nn.Conv2d(options.num_channels, config.hidden_size, kernel_size=size, stride=size)
+        self.last = config.causal
+        self.projection: nn.Conv2d | nn.Linear = projection
         rows, columns = options.grid
         learned = torch.empty(rows * columns, config.hidden_size) if options.positions == "learned" else None
         self.positions = None if learned is None else nn.Parameter(learned)
+        self.class_token = nn.Parameter(torch.empty(config.hidden_size)) if options.class_token else None
 
     def reset_parameters(self) -> None:
-        if self.positions is not None:
-            nn.init.normal_(self.positions, std=self.initializer_range)
+        for table in (self.positions, self.class_token):
+            if table is not None:
+                nn.init.normal_(table, std=self.initializer_range)
+
+    def with_class_token(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`[B, N, D]` and `[B, N]` with the class token, if there is one, where it sees all others."""
+        if self.class_token is None:
+            return x, mask
+        x = self._beside(x, self.class_token.expand(len(x), 1, -1))
+        return x, None if mask is None else self._beside(mask, mask.new_ones(len(x), 1))
+
+    def without_class_token(self, x: Tensor) -> Tensor:
+        """The inverse for `[B, N + 1, D]`."""
+        if self.class_token is None:
+            return x
+        return x[:, :-1] if self.last else x[:, 1:]
+
+    def _beside(self, x: Tensor, token: Tensor) -> Tensor:
+        return torch.cat((x, token) if self.last else (token, x), dim=1)
+
+
+class PatchEmbeddings(VisionEmbeddings):
+    """x_p = W · pixels of patch p + b + position of p, patches counted row after row."""
+
+    def __init__(self, config: FarspanConfig, options: VisionOptions) -> None:
+        size, width = options.patch_size, config.hidden_size
+        super().__init__(config, options, nn.Conv2d(options.num_channels, width, kernel_size=size, stride=size))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """`[B, C, height, width]` → `[B, N, D]`."""
@@ -67,16 +93,14 @@ class PatchEmbeddings(nn.Module):
             return self.positions
         rows, columns = self.options.grid
         places = torch.arange(rows * columns, device=device)
-        return sincos_2d(places // columns, places % columns, self.projection.out_channels, max(rows, columns))
+        return sincos_2d(places // columns, places % columns, self.projection.weight.shape[0], max(rows, columns))
 
 
-class TileEmbeddings(nn.Module):
+class TileEmbeddings(VisionEmbeddings):
     """x_t = W f_t + b + sines and cosines of the place of tile t in a square grid."""
 
     def __init__(self, config: FarspanConfig, options: VisionOptions) -> None:
-        super().__init__()
-        self.options = options
-        self.projection = nn.Linear(options.num_channels, config.hidden_size)
+        super().__init__(config, options, nn.Linear(options.num_channels, config.hidden_size))
 
     def forward(self, features: Tensor, coordinates: Tensor | None) -> Tensor:
         """Features `[B, N, F]` and coordinates `[B, N, 2]` (x, y in pixels) → `[B, N, D]`."""
@@ -125,19 +149,13 @@ class FarspanForImageClassification(Classifier):
             raise ConfigError("FarspanForImageClassification needs the field vision, such as {'image_size': 224}.")
         super().__init__(config)
         width, options = config.hidden_size, vision_options(config.vision)
-        self.options = options
         pixels = options.input == "pixels"
         self.main_input_name = "pixel_values" if pixels else "features"
         self.embeddings = PatchEmbeddings(config, options) if pixels else TileEmbeddings(config, options)
-        self.class_token = nn.Parameter(torch.empty(width)) if options.class_token else None
-        norm = make_norm(config.norm_type, width, options.pooled_norm_eps) if options.pooled_norm else nn.Identity()
-        self.pooled_norm = norm
+        self.pooled_norm: nn.Module = nn.Identity()
+        if options.pooled_norm:
+            self.pooled_norm = make_norm(config.norm_type, width, options.pooled_norm_eps)
         self.post_init()
-
-    def reset_parameters(self) -> None:
-        """Initialises what the layers inside do not know."""
-        if self.class_token is not None:
-            nn.init.normal_(self.class_token, std=self.config.initializer_range)
 
     def forward(
         self,
@@ -175,10 +193,7 @@ class FarspanForImageClassification(Classifier):
         """
         refuse_unknown(self.forward, more)
         x = self._tokens(pixel_values, features, coordinates, attention_mask)
-        mask, last = attention_mask, self.config.causal
-        if self.class_token is not None:
-            x = _beside(x, self.class_token.expand(len(x), 1, -1), last)
-            mask = None if mask is None else _beside(mask, mask.new_ones(len(x), 1), last)
+        x, mask = self.embeddings.with_class_token(x, attention_mask)
         outputs = self.model(
             inputs_embeds=x,
             attention_mask=mask,
@@ -187,8 +202,8 @@ class FarspanForImageClassification(Classifier):
             output_attentions=output_attentions,
         )
         states, how = outputs.last_hidden_state, str(self.config.classifier_pooling)
-        if how == "mean" and self.class_token is not None:
-            states, mask = states[:, :-1] if last else states[:, 1:], attention_mask
+        if how == "mean":
+            states, mask = self.embeddings.without_class_token(states), attention_mask
         layout = layout_of((states.shape[0], states.shape[1]), x.device, mask, None, None, None, None)
         pooled = pool(states, layout, how)
         return self.classify(outputs, self.pooled_norm(pooled), labels, num_items_in_batch, return_dict)
@@ -203,14 +218,8 @@ class FarspanForImageClassification(Classifier):
         """`[B, N, D]`."""
         if isinstance(self.embeddings, PatchEmbeddings):
             if pixel_values is None or features is not None or coordinates is not None or attention_mask is not None:
-                raise ConfigError(
-                    "This model reads pixels: give pixel_values [B, C, height, width] and nothing beside."
-                )
+                raise ConfigError("This model reads pixels: give pixel_values [B, C, height, width] and nothing else.")
             return self.embeddings(pixel_values)
         if features is None or pixel_values is not None:
             raise ConfigError("This model reads features of tiles: give features [B, N, F] and coordinates [B, N, 2].")
         return self.embeddings(features, coordinates)
-
-
-def _beside(x: Tensor, token: Tensor, last: bool) -> Tensor:
-    return torch.cat((x, token) if last else (token, x), dim=1)

@@ -48,7 +48,7 @@ def gigapath_entries(config: FarspanConfig) -> list[AnyEntry]:
     width = config.hidden_size
     return [
         *_encoder_entries(config),
-        Entry("cls_token", "class_token", (1, 1, width), (width,)),
+        Entry("cls_token", "embeddings.class_token", (1, 1, width), (width,)),
         *affine("norm", "pooled_norm"),
     ]
 
