@@ -225,6 +225,7 @@ def test_auto_class_and_pipeline(tmp_path: Path) -> None:
         ({"vision": {"image_size": 30, "patch_size": 8}}, "divisible by patch_size=8"),
         ({"vision": {"image_size": [8, 8, 8], "patch_size": 8}}, "height and width"),
         ({"vision": {"num_channels": 0}}, "must be positive"),
+        ({"vision": {"interpolation_offset": 1.0}}, r"must lie in \[0, 1\)"),
         ({"vision": {"input": "features"}}, "'features' take 'sincos' or 'none'"),
         ({"vision": {"input": "sound"}}, "wrong type"),
         ({"vocab_size": 7}, "set vocab_size=0"),

@@ -50,6 +50,18 @@ def test_stretching_keeps_constants_and_the_order_of_rows_and_columns() -> None:
     torch.testing.assert_close(wide[6, 4:8, 2].unflatten(0, (2, 2)).mean(1), inside, rtol=0, atol=tolerances.FLOAT32)
 
 
+def test_the_offset_is_that_of_the_published_code() -> None:
+    """LongViT forms its scale from 5.1 rows and 7.1 columns instead of 5 and 7."""
+    table = torch.randn(12, 8)
+    image = table.reshape(1, 3, 4, 8).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(image, scale_factor=(5.1 / 3, 7.1 / 4), mode="bicubic")
+    ours = stretch_grid(table, (3, 4), (5, 7), 0.1)
+    torch.testing.assert_close(ours, expected.permute(0, 2, 3, 1).reshape(35, 8))
+    assert stretch_grid(table, (3, 4), (3, 4), 0.1) is table
+    for size in range(1, 200):  # the reason for it: no rounding may lose a row
+        assert stretch_grid(table[:3, :1], (3, 1), (size, 1), 0.1).shape == (size, 1)
+
+
 def test_stretching_passes_gradients_and_keeps_the_dtype() -> None:
     table = torch.randn(4, 3, dtype=torch.bfloat16, requires_grad=True)
     wide = stretch_grid(table, (2, 2), (4, 4))

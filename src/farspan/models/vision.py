@@ -83,10 +83,10 @@ class PatchEmbeddings(VisionEmbeddings):
             )
         x = self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).mT
         table = self._table(x.device)
-        return x if table is None else x + stretch_grid(table, self.options.grid, self._grid(shape)).to(x.dtype)
-
-    def _grid(self, shape: torch.Size) -> tuple[int, int]:
-        return shape[2] // self.options.patch_size, shape[3] // self.options.patch_size
+        if table is None:
+            return x
+        target = (shape[2] // size, shape[3] // size)
+        return x + stretch_grid(table, self.options.grid, target, self.options.interpolation_offset).to(x.dtype)
 
     def _table(self, device: torch.device) -> Tensor | None:
         if self.options.positions != "sincos":

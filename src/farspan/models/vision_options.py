@@ -25,6 +25,8 @@ class VisionOptions:
         tile_size: pixels per side of a tile, of `features`: coordinates are divided by it and rounded down.
         positions: `learned` (one vector per patch), `sincos` (fixed, two-dimensional) or `none`; `features` come in any
             number and have no `learned` ones.
+        interpolation_offset: added to rows and columns of other sizes where positions are interpolated; see
+            `farspan.nn.grid_positions.stretch_grid`.
         class_token: whether there is a learned token besides the patches. It stands where it sees them all: first in a
             model that looks both ways, last in a causal one.
         pooled_norm: whether a norm follows the pooling, before the classifier.
@@ -38,6 +40,7 @@ class VisionOptions:
     grid_size: int = 1000
     tile_size: int = 256
     positions: Literal["learned", "sincos", "none"] = "learned"
+    interpolation_offset: float = 0.0
     class_token: bool = False
     pooled_norm: bool = False
     pooled_norm_eps: float = 1e-6
@@ -46,6 +49,8 @@ class VisionOptions:
         for name in ("patch_size", "num_channels", "grid_size", "tile_size", "pooled_norm_eps"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"vision.{name}={getattr(self, name)} must be positive.")
+        if not 0 <= self.interpolation_offset < 1:
+            raise ConfigError(f"vision.interpolation_offset={self.interpolation_offset} must lie in [0, 1).")
         sides = self.image_size if isinstance(self.image_size, list) else [self.image_size]
         if len(sides) > 2 or not sides or any(side < 1 or side % self.patch_size for side in sides):
             raise ConfigError(

@@ -1,5 +1,7 @@
 """Positions in the plane: sine and cosine tables, and tables of one grid stretched to another."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,13 +41,15 @@ def sincos_2d(rows: Tensor, columns: Tensor, width: int, size: int) -> Tensor:
     return torch.cat((table[columns], table[rows]), dim=-1)
 
 
-def stretch_grid(table: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
+def stretch_grid(table: Tensor, grid: tuple[int, int], target: tuple[int, int], offset: float = 0.0) -> Tensor:
     """A table of positions on one grid, interpolated to another by bicubic splines; itself where the grids are equal.
 
     Args:
         table: `[rows·columns, D]`, row after row.
         grid: rows and columns of the table.
         target: rows and columns wanted.
+        offset: added to `target` where the scale between the grids is formed. DINO's code has 0.1, against rounding,
+            which moves the last places by that share of a place; its weights are trained so.
 
     Returns:
         `[target rows · target columns, D]` in the table's dtype.
@@ -57,5 +61,8 @@ def stretch_grid(table: Tensor, grid: tuple[int, int], target: tuple[int, int]) 
     if grid == target:
         return table
     image = table.unflatten(0, grid).permute(2, 0, 1).unsqueeze(0)
-    wide = torch.nn.functional.interpolate(image.float(), size=target, mode="bicubic", align_corners=False)
+    to: dict[str, Any] = {"size": target}
+    if offset:
+        to = {"scale_factor": tuple((new + offset) / old for new, old in zip(target, grid, strict=True))}
+    wide = torch.nn.functional.interpolate(image.float(), **to, mode="bicubic", align_corners=False)
     return wide.squeeze(0).flatten(1).T.to(table.dtype)

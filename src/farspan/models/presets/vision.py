@@ -51,6 +51,7 @@ def longvit_vision(image_size: int, patch_size: int, num_channels: int = 3, *, p
         "patch_size": patch_size,
         "num_channels": num_channels,
         "positions": "learned",
+        "interpolation_offset": 0.1,
         "class_token": False,
         "pooled_norm": pooled_norm,
         "pooled_norm_eps": 1e-5,
