@@ -1,6 +1,7 @@
 """What a published family of checkpoints is, and the list of all that are known."""
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +59,10 @@ class Family:
     entries: Callable[[FarspanConfig], list[AnyEntry]]
     ignored: tuple[str, ...] = ()
     traps: str | None = None
+
+    def ignores(self, name: str) -> bool:
+        """Whether a published tensor is one of the buffers that mean nothing."""
+        return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
 
 def families() -> dict[str, Family]:
