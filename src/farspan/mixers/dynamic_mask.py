@@ -14,6 +14,7 @@ from farspan.mixers.cache import LayerCache
 from farspan.mixers.layout import SequenceLayout
 from farspan.mixers.live_cache import BiasedKeyCache, LiveKeyCache, UnreturningCache
 from farspan.nn.norms import RMSNorm
+from farspan.nn.plain import is_plain
 from farspan.nn.positions import apply_rotary
 from farspan.ops._contract import compute_dtype, without_autocast
 from farspan.ops.dynamic_mask.api import SELECTIONS, dynamic_mask_attention
@@ -214,7 +215,7 @@ class DynamicMaskMixer(Mixer):
         """
         if not self.options.selection.startswith("topk") or self.bias_proj is None or self.bias_scale is None:
             return bias.detach()
-        if type(self.v_proj) is not nn.Linear or type(self.bias_proj) is not nn.Linear:
+        if not is_plain(self.v_proj, self.bias_proj):
             return bias.detach()
         with torch.no_grad(), without_autocast(x):
             value, outer = self.v_proj, self.bias_proj.weight.double()

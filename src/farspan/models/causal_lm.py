@@ -13,7 +13,7 @@ from farspan.models.configuration import FarspanConfig
 from farspan.models.inputs import refuse_unknown
 from farspan.models.modeling import FarspanModel, FarspanPreTrainedModel
 from farspan.nn.feed_forward import AuxiliaryRecord
-from farspan.nn.losses import IGNORE_INDEX, chunked_cross_entropy, scored_share
+from farspan.nn.losses import IGNORE_INDEX, head_cross_entropy, scored_share
 
 
 @dataclass
@@ -134,13 +134,7 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
                 if cu_seqlens is not None:
                     ends = cu_seqlens[1:].long() - 1
                     shift_labels[..., ends[ends >= 0]] = IGNORE_INDEX
-            loss = chunked_cross_entropy(
-                hidden,
-                self.lm_head.weight,
-                shift_labels.to(hidden.device),
-                bias=self.lm_head.bias,
-                num_items=num_items_in_batch,
-            )
+            loss = head_cross_entropy(hidden, self.lm_head, shift_labels.to(hidden.device), num_items_in_batch)
             if outputs.aux_loss is not None:
                 loss = loss + scored_share(shift_labels, num_items_in_batch) * outputs.aux_loss
         logits = None

@@ -14,7 +14,7 @@ from farspan.models.inputs import layout_of, refuse_unknown
 from farspan.models.modeling import FarspanModel, FarspanModelOutput, FarspanPreTrainedModel
 from farspan.models.pooling import pool
 from farspan.nn.feed_forward import AuxiliaryRecord, activation
-from farspan.nn.losses import IGNORE_INDEX, chunked_cross_entropy, classification_loss, scored_share
+from farspan.nn.losses import IGNORE_INDEX, classification_loss, head_cross_entropy, scored_share
 from farspan.nn.norms import make_norm
 
 
@@ -165,13 +165,8 @@ class FarspanForMaskedLM(FarspanPreTrainedModel):
             labels = labels.to(hidden.device)
             share = scored_share(labels, num_items_in_batch)
             states, scored = _scored(states, labels)
-            losses["mlm_loss"] = chunked_cross_entropy(
-                states if output_logits else self.transform(states),
-                self.lm_head.weight,
-                scored,
-                bias=self.lm_head.bias,
-                num_items=num_items_in_batch,
-            )
+            states = states if output_logits else self.transform(states)
+            losses["mlm_loss"] = head_cross_entropy(states, self.lm_head, scored, num_items_in_batch)
         if self.next_sentence_head is not None:
             relation = self.next_sentence_head(outputs.pooler_output)
             if next_sentence_label is not None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError, ShapeError, nearest
+from farspan.nn.plain import is_plain
 
 IGNORE_INDEX = -100
 # 2^22 logits: 16 MiB in float32, large enough for full matrix-multiply speed.
@@ -152,6 +153,21 @@ def chunked_cross_entropy(
     if num_items is None:
         num_items = (targets != IGNORE_INDEX).sum().clamp(min=1)
     return total / num_items
+
+
+def head_cross_entropy(
+    hidden: Tensor, head: torch.nn.Linear, labels: Tensor, num_items: int | Tensor | None = None
+) -> Tensor:
+    """`chunked_cross_entropy` of a head; one that has to be called, as it is adapted or offloaded, forms all logits.
+
+    Args:
+        hidden: `[..., D]` last hidden states.
+        head: the linear layer.
+        labels, num_items: as in `chunked_cross_entropy`.
+    """
+    if is_plain(head):
+        return chunked_cross_entropy(hidden, head.weight, labels, bias=head.bias, num_items=num_items)
+    return classification_loss(head(hidden), labels, "single_label_classification", num_items)
 
 
 def classification_loss(
