@@ -1,18 +1,25 @@
 """Runners of the CoCA kinds."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from farspan.mixers import SequenceLayout
 from farspan.mixers.collinear import CollinearMixer, CollinearOptions
+from farspan.models.cache import FarspanCache
 from farspan.models.configuration import FarspanConfig
+from farspan.models.convert import families
 from farspan.models.convert.coca import llama_attention_entries, neox_attention_entries
+from farspan.models.convert.families import Published
 from farspan.models.convert.names import AnyEntry, to_ours, to_published
+from farspan.models.modeling import FarspanPreTrainedModel
 from farspan.nn.positions import rope_frequencies, rotary_table
 from farspan.ops import collinear_attention, collinear_coefficients
 from farspan.ops.collinear.reference import collinear_key, collinear_query
 from farspan.ops.softmax.reference import visible
 from tests.golden.case import Case
+from tests.golden.model_cases import build, gradients
 
 
 def llama_attention(case: Case) -> None:
@@ -26,6 +33,22 @@ def neox_attention(case: Case) -> None:
     width, heads = config["hidden_size"], config["num_attention_heads"]
     entries = neox_attention_entries(width, heads, int(width // heads * factor), config["rotary_emb_base"])
     _attention(case, _mixer(case, options), entries)
+
+
+def llama_lm(case: Case) -> None:
+    _language_model(case, "coca-llama")
+
+
+def neox_lm(case: Case) -> None:
+    _language_model(case, "coca-neox")
+
+
+def llama_decode(case: Case) -> None:
+    _decode(case, "coca-llama")
+
+
+def neox_decode(case: Case) -> None:
+    _decode(case, "coca-neox")
 
 
 def scores(case: Case) -> None:
@@ -43,6 +66,134 @@ def scores(case: Case) -> None:
         for backend in ("reference", "torch"):
             out = collinear_attention(q, t, v, cos, sin, form=form, causal=case.config["causal"], backend=backend)
             case.close(f"attention {form}", out.transpose(1, 2), case.outputs[f"attn_{form}"])
+
+
+def _model(case: Case, family: str) -> tuple[FarspanPreTrainedModel, list[AnyEntry]]:
+    """GPT-NeoX's names are the stock model's, so the family has to be among those that are possible."""
+    published = Published(case.config, {name: tuple(x.shape) for name, x in case.params.items()})
+    found = families.get(family)
+    assert found.matches(published)
+    if family == "coca-llama":
+        assert families.detect(published).name == family
+    return build(case, found, published)
+
+
+def _language_model(case: Case, family: str) -> None:
+    """Scaled positions are a pure function of the length: a long text leaves nothing behind, unlike the reference."""
+    model, entries = _model(case, family)
+    mask, outputs = case.inputs.get("attention_mask"), case.outputs
+    out = model(**case.inputs, output_hidden_states=True, output_attentions=True, use_cache=True)
+    case.close("logits", out.logits, outputs["logits"], mask)
+    for name in (name for name in outputs if name.startswith("hidden_states.")):
+        case.close(name, out.hidden_states[int(name.rpartition(".")[2])], outputs[name], mask)
+    for name in (name for name in outputs if name.startswith("attn_weights.")):
+        weights = out.attentions[int(name.rpartition(".")[2])]
+        case.close(name, weights.transpose(1, 2), outputs[name].transpose(1, 2), mask)
+    if mask is None:
+        case.close("loss", out.loss, outputs["loss"])
+        out.loss.backward()
+        case.close_gradients(gradients(model, entries), case.grads)
+    else:
+        _padded_loss(case, model, entries)
+    _caches(case, model, out.past_key_values)
+    if "short_logits_before_long" in outputs:
+        length = outputs["short_logits_before_long"].shape[1]
+        short = model(case.inputs["input_ids"][:, :length]).logits
+        case.close("short logits after the long text", short, outputs["short_logits_before_long"])
+        config = model.config
+        channels = int(config.head_dim * config.mixer_options.get("collinear", {}).get("partial_rotary_factor", 1))
+        reach = case.inputs["input_ids"].shape[1]
+        stretched, _ = rope_frequencies(channels, config.rope_parameters, config.max_position_embeddings, reach)
+        case.close("frequencies of the long text", stretched, outputs["inv_freq_after_long"])
+
+
+def _padded_loss(case: Case, model: FarspanPreTrainedModel, entries: list[AnyEntry]) -> None:
+    """Its published value scores a padded row, the one before the first real token, whose content means nothing.
+
+    So the published way with padding is taken once, for the published loss and gradients; and where no padded row is
+    scored, ours have to be the same as that way's.
+    """
+    real = {**case.inputs, "labels": case.inputs["labels"].clone()}
+    real["labels"][:, 1:][case.inputs["attention_mask"][:, :-1] == 0] = -100
+    ours = _loss_and_gradients(model, entries, real)
+    for block in model.base_model.blocks:
+        block.mixer.forward = functools.partial(_published_padding, block.mixer, case.inputs["attention_mask"])
+    loss, found = _loss_and_gradients(model, entries, case.inputs)
+    case.close("loss", loss, case.outputs["loss"])
+    case.close_gradients(found, case.grads)
+    theirs = _loss_and_gradients(model, entries, real)
+    case.close("loss of real rows", ours[0], theirs[0])
+    case.close_gradients(ours[1], theirs[1])
+    for block in model.base_model.blocks:
+        del block.mixer.forward
+
+
+def _loss_and_gradients(
+    model: FarspanPreTrainedModel, entries: list[AnyEntry], inputs: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(**inputs, use_cache=False).loss
+    loss.backward()
+    return loss, {name: x.clone() for name, x in gradients(model, entries).items()}
+
+
+def _published_padding(
+    mixer: CollinearMixer, mask: Tensor, x: Tensor, *, layout: SequenceLayout, cache: None
+) -> Tensor:
+    """The published attention with padding: the lowest number added for the future and again for padded keys."""
+    cos, sin = layout.rotary(mixer.rotary_dim, mixer.rope_parameters, mixer.max_position_embeddings)
+    q, raw, v = (getattr(mixer, name)(x).unflatten(-1, (-1, mixer.head_dim)) for name in ("q_proj", "t_proj", "v_proj"))
+    t = collinear_coefficients(raw, mixer.rotary_dim, tie=mixer.options.tie)
+    query = collinear_query(q, cos, sin, form="slack", scale=mixer.head_dim**-0.5)
+    keys, values = (
+        z.repeat_interleave(mixer.heads // mixer.key_heads, dim=2)
+        for z in (collinear_key(t, cos, sin, form="slack", tie=mixer.options.tie), v)
+    )
+    lowest = torch.finfo(x.dtype).min
+    future = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).triu(1) * lowest
+    scores = torch.einsum("bthk,bshk->bhts", query, keys) + (future + ((1 - mask) * lowest)[:, None, None])
+    out = torch.einsum("bhts,bshv->bthv", scores.softmax(-1), values)
+    return mixer.o_proj(out.flatten(2))
+
+
+def _decode(case: Case, family: str) -> None:
+    model, _ = _model(case, family)
+    inputs, outputs = dict(case.inputs), case.outputs
+    mask, prefill = inputs.get("attention_mask"), outputs["prefill_logits"].shape[1]
+    ids, positions = inputs["input_ids"], inputs.get("position_ids")
+    assert ids.shape[1] == prefill + outputs["step_logits"].shape[1]
+
+    def part(x: Tensor | None, start: int, end: int) -> Tensor | None:
+        return None if x is None else x[:, start:end]
+
+    with torch.no_grad():
+        case.close("full", model(**inputs).logits, outputs["full_logits"], mask)
+        cache, logits = model.new_cache(), []
+        for start, end in ((0, prefill), *((t, t + 1) for t in range(prefill, ids.shape[1]))):
+            step = model(
+                ids[:, start:end],
+                attention_mask=part(mask, 0, end),
+                position_ids=part(positions, start, end),
+                past_key_values=cache,
+            )
+            logits.append(step.logits)
+    case.close("prefill", logits[0], outputs["prefill_logits"], part(mask, 0, prefill))
+    steps = torch.cat(logits[1:], dim=1)
+    case.close("steps", steps, outputs["step_logits"], part(mask, prefill, ids.shape[1]))
+    _caches(case, model, cache)
+
+
+def _caches(case: Case, model: FarspanPreTrainedModel, cache: FarspanCache) -> None:
+    """The published code keeps rotated keys of full width, head first; ours their coefficients."""
+    length, mask = case.inputs["input_ids"].shape[1], case.inputs.get("attention_mask")
+    positions = case.inputs.get("position_ids", torch.arange(length).expand(len(case.inputs["input_ids"]), -1))
+    for i, (block, memory) in enumerate(zip(model.base_model.blocks, cache.layers, strict=True)):
+        held = {name: memory.tensors[name][:, :length] for name in ("keys", "values")}
+        if f"cache_t.{i}" in case.outputs:
+            keys = _rotated(block.mixer, held["keys"], positions)
+            case.close(f"cache_t {i}", keys, case.outputs[f"cache_t.{i}"].transpose(1, 2), mask)
+        if f"cache_v.{i}" in case.outputs:
+            case.close(f"cache_v {i}", held["values"], case.outputs[f"cache_v.{i}"].transpose(1, 2), mask)
 
 
 def _mixer(case: Case, options: CollinearOptions) -> CollinearMixer:

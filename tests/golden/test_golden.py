@@ -25,7 +25,11 @@ from tests.golden.case import Case
 
 RUNNERS: dict[str, Callable[[Case], None]] = {
     "coca.llama.attention": coca_cases.llama_attention,
+    "coca.llama.decode": coca_cases.llama_decode,
+    "coca.llama.lm": coca_cases.llama_lm,
     "coca.neox.attention": coca_cases.neox_attention,
+    "coca.neox.decode": coca_cases.neox_decode,
+    "coca.neox.lm": coca_cases.neox_lm,
     "coca.scores": coca_cases.scores,
     "cottention.bert.attention": cottention_cases.bert_attention,
     "cottention.bert.pretraining": cottention_cases.bert_pretraining,
@@ -65,10 +69,6 @@ RUNNERS: dict[str, Callable[[Case], None]] = {
 PENDING = frozenset(
     [
         "cheems.lm",
-        "coca.llama.decode",
-        "coca.llama.lm",
-        "coca.neox.decode",
-        "coca.neox.lm",
         "doge.hf.lm",
         "doge.sd1.lm",
         "doge.seed.lm",

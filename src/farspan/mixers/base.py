@@ -128,6 +128,7 @@ MIXERS: Registry[Mixer] = Registry(
         "dilated": "farspan.mixers.dilated:DilatedMixer:DilatedOptions",
         "dynamic_mask": "farspan.mixers.dynamic_mask:DynamicMaskMixer:DynamicMaskOptions",
         "metala": "farspan.mixers.metala:MetaLAMixer:MetaLAOptions",
+        "sliding_softmax": "farspan.mixers.softmax:SoftmaxMixer:SlidingSoftmaxOptions",
         "softmax": "farspan.mixers.softmax:SoftmaxMixer:SoftmaxOptions",
         "ssd": "farspan.mixers.ssd:SSDMixer:SSDOptions",
     },

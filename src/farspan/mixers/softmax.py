@@ -52,6 +52,16 @@ class SoftmaxOptions:
             raise ConfigError(f"norm_eps={self.norm_eps} must be positive.")
 
 
+@dataclass
+class SlidingSoftmaxOptions(SoftmaxOptions):
+    """Options of the `sliding_softmax` mixer: those of `softmax`, with a window.
+
+    A name of its own lets one stack have layers with a window beside layers without one.
+    """
+
+    sliding_window: int | None = 4096
+
+
 class SoftmaxMixer(Mixer):
     """o = softmax(R(q) R(k)ᵀ K^−½) v with grouped key-value heads and RoPE R, then an output projection.
 

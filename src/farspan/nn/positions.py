@@ -17,7 +17,7 @@ from farspan.nn.options import fits, words
 from farspan.ops.dilated.rotation import rotate, rotation_table
 from farspan.ops.rotary import apply_rotary as apply_rotary
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 _KEYS: dict[str, dict[str, Any]] = {
     "default": {"rope_theta": float},
     "linear": {"rope_theta": float, "factor": float},
@@ -32,6 +32,13 @@ _KEYS: dict[str, dict[str, Any]] = {
         "mscale": float | None,
         "mscale_all_dim": float | None,
         "truncate": bool,
+    },
+    "llama3": {
+        "rope_theta": float,
+        "factor": float,
+        "low_freq_factor": float,
+        "high_freq_factor": float,
+        "original_max_position_embeddings": int | None,
     },
 }
 
@@ -66,6 +73,8 @@ def check_rope_parameters(parameters: Mapping[str, Any]) -> None:
         raise ConfigError(f"rope_type {kind!r} needs a factor of at least 1, got factor={parameters.get('factor')!r}.")
     if (parameters.get("beta_fast") or 32.0) <= (parameters.get("beta_slow") or 1.0):
         raise ConfigError("rope_parameters: beta_fast (turns of the fast pairs, 32) must be above beta_slow (1).")
+    if parameters.get("high_freq_factor", 4.0) <= parameters.get("low_freq_factor", 1.0):
+        raise ConfigError("rope_parameters: high_freq_factor (4) must be above low_freq_factor (1).")
 
 
 def rope_frequencies(
@@ -77,6 +86,8 @@ def rope_frequencies(
     - `linear` (position interpolation): ω_j / factor, at every length.
     - `dynamic` (NTK): with L = `context_length` and M the trained length, for L > M the base becomes
       θ · (factor·L/M − (factor − 1))^(r/(r−2)); unchanged for L ≤ M.
+    - `llama3`: blends ω_j and ω_j / factor by the number of turns n over M positions: all of ω_j from
+      `high_freq_factor` turns (4) on, all of ω_j / factor up to `low_freq_factor` turns (1), linear in n between.
     - `yarn`: blends ω_j (fast pairs) and ω_j / factor (slow pairs) by a ramp between the pairs that turn `beta_fast`
       and `beta_slow` times over M positions; cos and sin are multiplied by 0.1·ln(factor) + 1 (or `attention_factor`).
 
@@ -106,6 +117,12 @@ def rope_frequencies(
     frequencies = theta**-exponents
     if kind == "linear":
         frequencies = frequencies / factor
+    if kind == "llama3":
+        low, high = (
+            float(parameters.get(name, usual)) for name, usual in (("low_freq_factor", 1), ("high_freq_factor", 4))
+        )
+        fast = ((trained * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (fast + (1 - fast) / factor)
     if kind != "yarn":
         return frequencies.float(), 1.0
 
