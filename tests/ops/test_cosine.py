@@ -368,18 +368,6 @@ def test_memory_for_the_backward_pass_is_linear_in_the_length() -> None:
     assert middle < 2.1 * small and large < 2.1 * middle
 
 
-def test_the_kernels_receive_weighted_unit_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    form = importlib.import_module("farspan.ops.cosine.triton")
-    chunked = importlib.import_module("farspan.ops.gated_linear.torch").gated_linear_attention_chunked
-    monkeypatch.setattr(form, "gated_linear_attention_triton", chunked)
-    registry = importlib.import_module("farspan.ops._backend")._implementations["cosine_attention"]
-    monkeypatch.setitem(registry, "torch", form.cosine_attention_triton)
-    x = make(40)
-    want = outputs_and_gradients(attend("reference"), x)
-    assert_same(outputs_and_gradients(attend("torch"), x), want, tolerances.FLOAT64)
-
-
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "heads": ({"exponent": torch.zeros(3)}, ShapeError, r"exponent has shape \[3\]; expected \[H\] with H=2"),
     "norm_position": ({"norm_position": "key"}, ConfigError, "norm_position='key' is not known"),

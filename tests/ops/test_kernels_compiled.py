@@ -91,8 +91,16 @@ def launches(choice: Tiles) -> list[tuple[Any, tuple[int, int, int | None], dict
     state, output, gradient, prepare = ({"BV": min(t[0], 128)} for t in choice)
     return [
         (kernels.prepare_kernel, choice.prepare[1:], prepare),
-        (kernels.state_kernel, choice.state[1:], state | {"REVERSE": False, "STORE_VALUES": False}),
-        (kernels.state_kernel, choice.state[1:], state | {"REVERSE": True, "STORE_VALUES": True}),
+        (
+            kernels.state_kernel,
+            choice.state[1:],
+            state | {"REVERSE": False, "STORE_VALUES": False, "STAGES": choice.state[2]},
+        ),
+        (
+            kernels.state_kernel,
+            choice.state[1:],
+            state | {"REVERSE": True, "STORE_VALUES": True, "STAGES": choice.state[2]},
+        ),
         (kernels.scan_kernel, (2, 1, None), {"REVERSE": False}),
         (chunk_kernels.output_kernel, choice.output[1:], output),
         (chunk_kernels.row_kernel, (4, 1, None), {}),

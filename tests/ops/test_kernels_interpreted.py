@@ -10,12 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.ops import cosine_attention
+from farspan.ops._backend import _implementations
+from farspan.ops.cosine.triton import cosine_attention_triton
 from farspan.ops.gated_linear import launches as kernels
-from farspan.ops.gated_linear import plan
+from farspan.ops.gated_linear import plan, rows
 from farspan.ops.gated_linear.triton import gated_linear_attention_triton
 from farspan.ops.metala.triton import metala_attention_triton
+from farspan.ops.ssd import triton as ssd_triton
+from farspan.ops.ssd.triton import state_space_duality_triton
 from tests import tolerances
-from tests.ops import test_gated_linear, test_metala
+from tests.ops import test_cosine, test_gated_linear, test_metala, test_ssd
 from tests.ops.checks import assert_close, assert_same, boundaries, cast, outputs_and_gradients
 
 # Interpreted products of infinite entries, which the kernels select away.
@@ -37,6 +42,9 @@ OPTIONS = {
 def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "CHUNK", 16)
     monkeypatch.setattr(kernels, "NARROWEST", 16)
+    monkeypatch.setattr(rows, "CHUNK", 16)
+    monkeypatch.setattr(rows, "NARROWEST", 16)
+    rows._constants.cache_clear()
     kernels._device_tiles.cache_clear()
     kernels._constants.cache_clear()
     monkeypatch.setattr(plan, "PROGRAMS", 1)
@@ -134,3 +142,73 @@ def test_padding_neither_decays_nor_writes() -> None:
     want, want_state = test_metala.attend("reference", padding_mask=keep)(**x)
     assert_close(out[keep], want[keep], tolerances.FLOAT32)
     assert_close(state, want_state, tolerances.FLOAT32)
+
+
+@pytest.fixture
+def cosine(monkeypatch: pytest.MonkeyPatch) -> partial:
+    """Cosine attention by its kernel, which the CPU does not choose by itself."""
+    monkeypatch.setitem(_implementations["cosine_attention"], "torch", cosine_attention_triton)
+    return test_cosine.attend("torch")
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_position": "query"}, {"eps": 2.0}], ids=str)
+@pytest.mark.parametrize("length", [1, 16, 75])
+def test_cosine_matches_reference(cosine: partial, length: int, options: dict[str, object]) -> None:
+    x = test_cosine.make(length)
+    want = outputs_and_gradients(test_cosine.attend("reference", **options), x)
+    assert_same(outputs_and_gradients(partial(cosine, **options), cast(x, torch.float32)), want, tolerances.FLOAT32)
+
+
+def test_cosine_of_packed_and_of_padded_documents_matches_reference(cosine: partial) -> None:
+    lengths = [20, 0, 1, 54]
+    options = {"cu_seqlens": boundaries(lengths), "past": [3, 0, 5, 0], "sequences": 4}
+    x = test_cosine.make(75, batch=1, sequences=4)
+    want = outputs_and_gradients(test_cosine.attend("reference", **options), x)
+    got = outputs_and_gradients(test_cosine.attend("torch", **options), cast(x, torch.float32))
+    assert_same(got, want, tolerances.FLOAT32)
+    x, mask = test_cosine.make(40), torch.rand(2, 40) < 0.6
+    want = outputs_and_gradients(test_cosine.attend("reference", padding_mask=mask), x)
+    assert_same(
+        outputs_and_gradients(partial(cosine, padding_mask=mask), cast(x, torch.float32)), want, tolerances.FLOAT32
+    )
+
+
+def test_cosine_without_state_weights_or_gradient_of_the_state(cosine: partial) -> None:
+    x = cast(test_cosine.make(50, state=False), torch.float32)
+    x["exponent"] = None
+    leaves = {name: None if t is None else t.requires_grad_() for name, t in x.items()}
+    inputs = [leaf for leaf in leaves.values() if leaf is not None]
+    want = torch.autograd.grad(cosine_attention(**leaves, backend="reference")[0].square().sum(), inputs)
+    got = torch.autograd.grad(cosine_attention(**leaves, backend="torch")[0].square().sum(), inputs)
+    for name, ours, theirs in zip(leaves, got, want, strict=False):
+        assert_close(ours, theirs, tolerances.FLOAT32, name)
+
+
+@pytest.fixture
+def duality(monkeypatch: pytest.MonkeyPatch) -> None:
+    """State space duality by its kernels, which the CPU does not choose by itself."""
+    monkeypatch.setitem(_implementations["state_space_duality"], "torch", state_space_duality_triton)
+    ssd_triton._constants.cache_clear()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 16, 75])
+@pytest.mark.usefixtures("duality")
+def test_state_space_duality_matches_reference(length: int, groups: int) -> None:
+    x = test_ssd.make(length, groups=groups, batch=1)
+    want = outputs_and_gradients(test_ssd.attend("reference"), x)
+    assert_same(outputs_and_gradients(test_ssd.attend("torch"), cast(x, torch.float32)), want, tolerances.FLOAT32)
+
+
+@pytest.mark.usefixtures("duality")
+def test_state_space_duality_of_packed_documents_without_skip_matches_reference() -> None:
+    lengths = [20, 0, 1, 34]
+    x, options = test_ssd.make(55, batch=1, sequences=4), {"cu_seqlens": boundaries(lengths), "dt_limit": (0.1, 90.0)}
+    del x["d"]
+    want = outputs_and_gradients(test_ssd.attend("reference", **options), x)
+    got = outputs_and_gradients(test_ssd.attend("torch", **options), cast(x, torch.float32))
+    assert_same(got, want, tolerances.FLOAT32)
+    x["dt"] = 10 * x["dt"]  # decays from 1 to nothing
+    want = outputs_and_gradients(test_ssd.attend("reference", **options), x)
+    got = outputs_and_gradients(test_ssd.attend("torch", **options), cast(x, torch.float32))
+    assert_same(got, want, tolerances.FLOAT32)

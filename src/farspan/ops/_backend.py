@@ -65,7 +65,9 @@ def register(
         _limits[op] = triton_limits
 
 
-def resolve(op: str, backend: str, tensors: Sequence[Tensor | None]) -> Implementation:
+def resolve(
+    op: str, backend: str, tensors: Sequence[Tensor | None], *, beyond_kernels: str | None = None
+) -> Implementation:
     """Chooses the implementation of one call.
 
     `"auto"` takes the kernels where they are registered and serve these tensors, otherwise the PyTorch form.
@@ -74,6 +76,7 @@ def resolve(op: str, backend: str, tensors: Sequence[Tensor | None]) -> Implemen
         op: public name of the operator.
         backend: one of `"auto"`, `"reference"`, `"torch"`, `"triton"`.
         tensors: the tensors of the call; None entries are left out.
+        beyond_kernels: why the options of this call are beyond the kernels, or None if they are not.
 
     Returns:
         The function to call.
@@ -86,10 +89,11 @@ def resolve(op: str, backend: str, tensors: Sequence[Tensor | None]) -> Implemen
         raise ConfigError(f"{op}: backend={backend!r} is not known; {nearest(backend, BACKENDS)}")
     given = [tensor for tensor in tensors if tensor is not None]
     if backend == "auto":
-        on_gpu = bool(given) and given[0].is_cuda
-        backend = "triton" if on_gpu and triton_reason(op, given) is None else "torch"
+        on_gpu = len(given) > 0 and given[0].is_cuda
+        serves = on_gpu and triton_reason(op, given) is None and beyond_kernels is None
+        backend = "triton" if serves else "torch"
     elif backend == "triton":
-        reason = triton_reason(op, given)
+        reason = triton_reason(op, given) or beyond_kernels
         if reason is not None:
             raise BackendUnavailable(f"{op}: backend='triton' cannot serve here: {reason}; use backend='torch'.")
     if backend != "triton":

@@ -6,7 +6,7 @@ from torch import Tensor
 from farspan.errors import ConfigError, ShapeError
 from farspan.ops._backend import register, resolve
 from farspan.ops._contract import Contract, compute_dtype, without_autocast
-from farspan.ops.cosine.reference import Call, cosine_attention_reference, count_tokens, length_factor
+from farspan.ops.cosine.reference import Call, cosine_attention_reference, log_counts
 from farspan.ops.cosine.torch import cosine_attention_chunked
 from farspan.ops.gated_linear.limits import kernel_limits
 
@@ -114,17 +114,12 @@ def cosine_attention(
     _check_past(causal, exponent, initial_state, initial_count, output_final_state, sequences)
     implementation = resolve("cosine_attention", backend, (q, k, v, exponent, initial_state))
     with without_autocast(q):
-        query_factor = key_factor = q.new_ones(1, 1, 1, dtype=compute_dtype(q, k, v, exponent, initial_state))
-        if padding_mask is not None:
-            query_factor = key_factor = (padding_mask != 0).to(key_factor.dtype).unsqueeze(-1)
+        log_count = power = None
         if exponent is not None:
-            count = count_tokens(q, causal, padding_mask, initial_count, cu_seqlens)
-            factor = length_factor(count, exponent, key_factor.dtype)
-            if norm_position == "value":
-                key_factor = key_factor * factor
-            else:
-                query_factor = query_factor * factor
-        call = Call(query_factor, key_factor, causal, eps, cu_seqlens)
+            dtype = compute_dtype(q, k, v, exponent, initial_state)
+            log_count = log_counts(q, causal, padding_mask, initial_count, cu_seqlens, dtype)
+            power = torch.sigmoid(exponent.to(dtype))
+        call = Call(log_count, power, norm_position == "query", padding_mask, causal, eps, cu_seqlens)
         out, state = implementation(q, k, v, initial_state, call)
     return out, state if output_final_state else None
 

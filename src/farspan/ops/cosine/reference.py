@@ -1,5 +1,6 @@
 """Cosine attention: how tokens are counted, what the count does, and the formula in its most direct form."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -15,18 +16,32 @@ class Call(NamedTuple):
     """What an implementation knows of a call beside q, k, v and the state.
 
     Attributes:
-        query_factor: weight of each token as a query, broadcastable to `[B, T, H]`; 0 at padding.
-        key_factor: weight of each token as a key, broadcastable to `[B, T, H]`; 0 at padding.
+        log_count: logarithm of the tokens counted at each place, `[B, T]`; None without an exponent.
+        power: the exponent after its sigmoid, `[H]`, or None.
+        by_query: whether the factor of the length belongs to the queries, rather than to the keys.
+        padding_mask: `[B, T]`, True or 1 = token, or None.
         causal: whether a token sees only its past.
         eps: least norm that a query or key is divided by.
         cu_seqlens: boundaries of packed documents, `[num_seqs + 1]` int32, or None.
     """
 
-    query_factor: Tensor
-    key_factor: Tensor
+    log_count: Tensor | None
+    power: Tensor | None
+    by_query: bool
+    padding_mask: Tensor | None
     causal: bool
     eps: float
     cu_seqlens: Tensor | None
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Weights of each token as a query and as a key, broadcastable to `[B, T, H]`; 0 at padding; None for 1."""
+        real = None if self.padding_mask is None else (self.padding_mask != 0).to(dtype).unsqueeze(-1)
+        if self.log_count is None or self.power is None:
+            return real, real
+        factor = _power(self.log_count, self.power)
+        if real is not None:
+            factor = factor * real
+        return (factor, real) if self.by_query else (real, factor)
 
 
 def count_tokens(
@@ -70,8 +85,38 @@ def length_factor(count: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor
     Returns:
         `[B, T, H]` in `dtype`.
     """
-    logarithm = count.clamp(min=1).to(dtype).log().unsqueeze(-1)
-    return torch.exp(-torch.sigmoid(exponent.to(dtype)) * logarithm)
+    return _power(count.clamp(min=1).to(dtype).log(), torch.sigmoid(exponent.to(dtype)))
+
+
+def _power(log_count: Tensor, power: Tensor) -> Tensor:
+    return torch.exp(-power * log_count.unsqueeze(-1))
+
+
+def log_counts(
+    like: Tensor,
+    causal: bool,
+    padding_mask: Tensor | None,
+    initial_count: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The logarithm of `max(count_tokens(…), 1)`, `[B, T]` in the given dtype; remembered where it can be."""
+
+    def compute(like: Tensor) -> Tensor:
+        return count_tokens(like, causal, padding_mask, initial_count, cu_seqlens).clamp(min=1).to(dtype).log()
+
+    if padding_mask is not None or initial_count is not None or torch.compiler.is_compiling():
+        return compute(like)
+    if cu_seqlens is not None:
+        logarithm: Tensor = varlen.remember(cu_seqlens, ("log counts", causal, dtype), lambda: compute(like))
+        return logarithm
+    return _log_places(*like.shape[:2], causal, dtype, like.device)
+
+
+@functools.lru_cache(maxsize=16)
+def _log_places(batch: int, length: int, causal: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    counts = torch.arange(1, length + 1, device=device) if causal else torch.full((length,), length, device=device)
+    return counts.to(dtype).log().expand(batch, length).contiguous()
 
 
 def cosine_attention_reference(
@@ -91,7 +136,12 @@ def cosine_attention_reference(
     """
     dtype = compute_dtype(q, k, v, initial_state)
     queries, keys = (F.normalize(x.to(dtype), dim=-1, eps=call.eps) for x in (q, k))
-    queries, values = queries * call.query_factor.unsqueeze(-1), v.to(dtype) * call.key_factor.unsqueeze(-1)
+    query_factor, key_factor = call.factors(dtype)
+    values = v.to(dtype)
+    if query_factor is not None:
+        queries = queries * query_factor.unsqueeze(-1)
+    if key_factor is not None:
+        values = values * key_factor.unsqueeze(-1)
     if call.causal:
         out, state = gated_linear_attention_reference(
             queries, keys, values, None, scale=1.0, initial_state=initial_state, cu_seqlens=call.cu_seqlens

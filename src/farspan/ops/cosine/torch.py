@@ -30,8 +30,9 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Cosine attention around any form of gated linear attention; the weights and norms cost one product each."""
     dtype = compute_dtype(q, k, v, initial_state)
-    queries = _weighted_unit(q.to(dtype), call.query_factor, call.eps)
-    keys = _weighted_unit(k.to(dtype), call.key_factor, call.eps)
+    query_factor, key_factor = call.factors(dtype)
+    queries = _weighted_unit(q.to(dtype), query_factor, call.eps)
+    keys = _weighted_unit(k.to(dtype), key_factor, call.eps)
     if call.causal:
         return mix(queries, keys, v, None, scale=1.0, initial_state=initial_state, cu_seqlens=call.cu_seqlens)
     values = v.to(dtype)
@@ -41,10 +42,10 @@ def attend(
     return (torch.cat(documents, dim=1) if documents else values).to(v.dtype), None
 
 
-def _weighted_unit(x: Tensor, factor: Tensor, eps: float) -> Tensor:
+def _weighted_unit(x: Tensor, factor: Tensor | None, eps: float) -> Tensor:
     """`factor · x / max(‖x‖, eps)`."""
     norm = torch.linalg.vector_norm(x, dim=-1).clamp_min(eps)
-    return x * (factor / norm).unsqueeze(-1)
+    return x * (norm.reciprocal() if factor is None else factor / norm).unsqueeze(-1)
 
 
 def _all_pairs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

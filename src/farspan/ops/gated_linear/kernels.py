@@ -178,7 +178,7 @@ def state_kernel(
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, REVERSE: tl.constexpr, HAS_START: tl.constexpr,
     STORE_STATES: tl.constexpr, STORE_END: tl.constexpr, STORE_LOST: tl.constexpr, STORE_VALUES: tl.constexpr,
-    AUGMENT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    AUGMENT: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walks a segment: forward with x = k~ and y = v for the states, in reverse with q~ and do for their gradients.
 
@@ -203,7 +203,7 @@ def state_kernel(
         m_c = o_k < tl.where(count > 0, K, 0)
         b_m += tl.load(centre + place * K + o_k, mask=m_c, other=0.0)
         b_h += tl.load(half + place * K + o_k, mask=m_c, other=0.0)
-    for i in range(count):
+    for i in tl.range(0, count, num_stages=STAGES):
         t = first + (count - 1 - i if REVERSE else i) * BT
         row = t.to(tl.int64) * H + i_h
         m_t = (t + o_t) < last

@@ -168,7 +168,7 @@ def _states(
             x, y, prepared.centre, prepared.half, end if start is None else start, end, lost, states, prepared.k,
             x if dv is None else dv, plan.segments, heads,
             REVERSE=reverse, HAS_START=start is not None, STORE_STATES=inside, STORE_END=last, STORE_LOST=lost_too,
-            STORE_VALUES=reverse and inside,
+            STORE_VALUES=reverse and inside, STAGES=tile[2],
         )  # fmt: skip
 
     if plan.whole:

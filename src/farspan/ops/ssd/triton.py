@@ -1,8 +1,222 @@
-"""State space duality through the kernels of gated linear attention."""
+"""State space duality through kernels: a walk for the outputs, one for the gradient of the states, two for the rest."""
 
 import functools
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from farspan.ops._contract import compute_dtype, plain_backward
+from farspan.ops._launch import Constants, compile_ahead, launch
+from farspan.ops._library import register_node
+from farspan.ops.gated_linear import rows
+from farspan.ops.gated_linear.plan import Plan, cut, most_chunks, plan_chunks
+from farspan.ops.gated_linear.rows import Walk
 from farspan.ops.gated_linear.triton import gated_linear_attention_triton
-from farspan.ops.ssd.reference import through
+from farspan.ops.ssd.kernels import key_gradient_kernel, query_gradient_kernel
+from farspan.ops.ssd.reference import step_size, through
 
-state_space_duality_triton = functools.partial(through, gated_linear_attention_triton)
+# Warps and stages of the two gradient kernels.
+QUERY, KEY = (4, 2), (4, 1)
+
+
+def state_space_duality_triton(
+    x: Tensor,
+    dt: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    d: Tensor | None,
+    *,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The kernels' form of `state_space_duality`; arguments and results as the reference's."""
+    if x.shape[-1] > rows.WIDEST:
+        return through(
+            gated_linear_attention_triton, x, dt, a, b, c, d, dt_bias=dt_bias, dt_softplus=dt_softplus,
+            dt_limit=dt_limit, initial_state=initial_state, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    dtype = compute_dtype(dt)
+    step = step_size(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
+    decay = step * a.to(dtype)
+    tensors = (None if t is None else t.contiguous() for t in (c, b, x, step, decay, d, initial_state))
+    out, final = _Duality.apply(*tensors, cu_seqlens)
+    return out, final
+
+
+class _Duality(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        out, final, states = duality_node(*arguments)
+        if not torch.compiler.is_compiling():  # where a missing gradient costs nothing anyway
+            ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arguments, out, states)
+        return out, final
+
+    @staticmethod
+    @plain_backward
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        dq, dk, dv, dw, d_decay, d_skip, d_initial = duality_gradient_node(*gradients, *ctx.saved_tensors)
+        skip, initial = ctx.saved_tensors[5:7]
+        d_own_skip = None if skip is None else d_skip.to(skip.dtype)
+        return dq, dk, dv, dw, d_decay, d_own_skip, None if initial is None else d_initial.to(initial.dtype), None
+
+
+def _results(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    log_decay: Tensor,
+    skip: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, ...]:
+    batch, length, heads, values = v.shape
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = v.new_empty(sequences, heads, q.shape[3], values, dtype=torch.float32)
+    chunks = most_chunks(length, batch, cu_seqlens, rows.CHUNK)
+    return torch.empty_like(v), final, v.new_empty(chunks, heads, q.shape[3], values)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    log_decay: Tensor,
+    skip: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, ...]:
+    results = _results(q, k, v, w, log_decay, skip, initial, cu_seqlens)
+    if v.numel() == 0:
+        results[1].zero_() if initial is None else results[1].copy_(initial)
+        return results
+    with torch.cuda.device_of(q):
+        kinds = (t is not None and t.dtype for t in (q, k, v, skip, initial))
+        key = ("state_space_duality", q.device, q.shape[3], v.shape[3], *kinds)
+        compile_ahead(key, lambda: _rehearse(q, k, v, w, log_decay, skip, initial))
+        _run(_plan(v, cu_seqlens), q, k, v, w, log_decay, skip, initial, results)
+    return results
+
+
+def _run(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    log_decay: Tensor,
+    skip: Tensor | None,
+    initial: Tensor | None,
+    results: tuple[Tensor, ...],
+) -> None:
+    out, final, states = results
+    walk = Walk(q, k, v, b=w, log_decay=log_decay, skip=skip)
+    walk.run(plan, out, walk.between(plan, initial, final), final, states=states)
+
+
+def _gradients(
+    d_out: Tensor | None,
+    d_final: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    log_decay: Tensor,
+    skip: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out: Tensor,
+    states: Tensor,
+) -> tuple[Tensor, ...]:
+    _, d_initial, _ = _results(q, k, v, w, log_decay, skip, initial, cu_seqlens)
+    d_skip = v.new_empty(0 if skip is None else v.shape[2], dtype=torch.float32)
+    return *(torch.empty_like(t) for t in (q, k, v, w, log_decay)), d_skip, d_initial
+
+
+def _backward(d_out: Tensor | None, d_final: Tensor | None, *saved: Any) -> tuple[Tensor, ...]:
+    results = _gradients(d_out, d_final, *saved)
+    q, v, cu_seqlens = saved[0], saved[2], saved[7]
+    if v.numel() == 0:
+        for gradient in results:
+            gradient.zero_()
+        if d_final is not None:
+            results[-1].copy_(d_final)
+        return results
+    d_out = torch.zeros_like(v) if d_out is None else d_out.contiguous()
+    d_final = None if d_final is None else d_final.contiguous()
+    with torch.cuda.device_of(q):
+        _run_backward(_plan(v, cu_seqlens), d_out, d_final, saved, results)
+    return results
+
+
+def _run_backward(
+    plan: Plan, d_out: Tensor, d_final: Tensor | None, saved: tuple[Any, ...], results: tuple[Tensor, ...]
+) -> None:
+    q, k, v, w, log_decay, skip, _, _, out, states = saved
+    dq, dk, dv, dw, d_decay, d_skip, d_initial = results
+    d_states = torch.empty_like(states)
+    walk = Walk(k, q, d_out, log_decay=log_decay)
+    start = walk.between(plan, d_final, d_initial, reverse=True)
+    walk.run(plan, None, start, d_initial, reverse=True, states=d_states)
+    chunks, heads, groups = plan.chunks.shape[0], v.shape[2], q.shape[2]
+    grid, sizes = (chunks, groups), (heads, heads // groups)
+    parts = w.new_empty(0 if skip is None else chunks, heads, dtype=torch.float32)
+    kind = (q.dtype, q.shape[3], v.shape[3], rows.CHUNK)
+    arguments = (k, v, w, log_decay, d_out, states, dq, plan.chunks, *sizes)
+    launch(query_gradient_kernel, grid, arguments, _constants(*kind, None, QUERY[1]), *QUERY)
+    more = (
+        q, k, v, w, log_decay, w if skip is None else skip, out, d_out, states, d_states, dk, dv, dw, d_decay, parts,
+        plan.chunks, *sizes,
+    )  # fmt: skip
+    launch(key_gradient_kernel, grid, more, _constants(*kind, skip is not None, KEY[1]), *KEY)
+    if skip is not None:
+        torch.sum(parts, 0, out=d_skip)
+
+
+def _rehearse(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, log_decay: Tensor, skip: Tensor | None, initial: Tensor | None
+) -> None:
+    """Makes all launches on sequences of two chunks, cut into two segments and whole."""
+    length = 2 * rows.CHUNK
+    short = [t.new_empty(1, length, *t.shape[2:]) for t in (q, k, v, w, log_decay)]
+    saved: tuple[Any, ...] = (*short, skip, None if initial is None else initial.new_empty(1, *initial.shape[1:]))
+    for segment in (length, rows.CHUNK):
+        plan = cut([(0, length)], segment, rows.CHUNK, q.device)
+        forward: tuple[Any, ...] = (*saved, None)
+        out, final, states = _results(*forward)
+        forward = (plan, *saved, (out, final, states))
+        _run(*forward)
+        backward = (*saved, None, out, states)
+        _run_backward(plan, short[2], None, backward, _gradients(None, None, *backward))
+
+
+@functools.cache
+def _constants(
+    dtype: torch.dtype, width: int, values: int, chunk: int, has_skip: bool | None, stages: int
+) -> Constants:
+    shape = {"K": width, "V": values, "BT": chunk, "BK": rows.padded(width), "BV": rows.padded(values)}
+    switch = {} if has_skip is None else {"HAS_SKIP": has_skip}
+    return Constants(shape | switch | {"STAGES": stages} | rows.arithmetic(dtype))
+
+
+def _plan(v: Tensor, cu_seqlens: Tensor | None) -> Plan:
+    return plan_chunks(v, cu_seqlens, rows.CHUNK, v.shape[2] * -(-v.shape[3] // rows.NARROWEST))
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor w, Tensor log_decay, Tensor? skip, Tensor? initial, Tensor? cu_seqlens"
+duality_node = register_node(
+    f"state_space_duality_kernels({_INPUTS}) -> (Tensor out, Tensor final, Tensor states)", _forward, _results
+)
+duality_gradient_node = register_node(
+    f"state_space_duality_kernels_gradient(Tensor? d_out, Tensor? d_final, {_INPUTS}, Tensor out, Tensor states) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor dw, Tensor d_decay, Tensor d_skip, Tensor d_initial)",
+    _backward,
+    _gradients,
+)

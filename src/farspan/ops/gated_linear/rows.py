@@ -1,0 +1,176 @@
+"""Walks of `walk_kernels` over whole sequences: in one go, or in segments that keep the card busy."""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from farspan.ops._launch import INTERPRETED, Constants, launch
+from farspan.ops.gated_linear.kernels import scan_kernel
+from farspan.ops.gated_linear.plan import Plan
+from farspan.ops.gated_linear.tiles import SCAN
+from farspan.ops.gated_linear.walk_kernels import walk_kernel
+
+CHUNK = 64
+WIDEST = 128
+# Warp-group matrix instructions fail on blocks of 32 columns.
+NARROWEST = 64
+WARPS, STAGES = 4, 3
+DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+class Walk(NamedTuple):
+    """The tensors of a walk.
+
+    Attributes:
+        x: queries, `[B, T, G, X]`.
+        y: keys, `[B, T, G, X]`; each of the G is shared by H / G heads.
+        z: values, `[B, T, H, Z]`.
+        a: row scale of the result, `[B, T, H]` float32, or None.
+        b: row scale of the values, likewise.
+        factor: 1 multiplies a by `exp(-power log_count)`, 2 b, 0 neither.
+        log_count: `[B, T]` float32, or None.
+        power: `[H]` float32, or None.
+        log_decay: `[B, T, H]` or None.
+        skip: `[H]` or None: what of z itself is added to the result.
+        own: `[B, T, H, Z]` or None: the result is the gradient of its direction, and is turned into its own.
+        own_scale: the inverse norms of `own`, `[B, T, H]`.
+        eps: least norm; with `unit`, x and y count by their directions.
+        unit: as said.
+    """
+
+    x: Tensor
+    y: Tensor
+    z: Tensor
+    a: Tensor | None = None
+    b: Tensor | None = None
+    factor: int = 0
+    log_count: Tensor | None = None
+    power: Tensor | None = None
+    log_decay: Tensor | None = None
+    skip: Tensor | None = None
+    own: Tensor | None = None
+    own_scale: Tensor | None = None
+    eps: float = 0.0
+    unit: bool = False
+
+    def between(self, plan: Plan, start: Tensor | None, end: Tensor | None, *, reverse: bool = False) -> Tensor | None:
+        """The state in front of each segment, `[segments, H, X, Z]`.
+
+        Args:
+            plan: where segments and chunks lie.
+            start: the state in front of each sequence, `[num_seqs, H, X, Z]`, or None for zeros.
+            end: receives the state after each sequence, or None. Where every sequence is one segment, it is left to
+                `run`, and `start` is returned.
+            reverse: whether to walk from the end.
+        """
+        if plan.whole:
+            return start
+        heads, width, values = self.z.shape[2], self.x.shape[3], self.z.shape[3]
+        shape = (plan.segments.shape[0], heads, width, values)
+        added, entering = (self.z.new_empty(shape, dtype=torch.float32) for _ in range(2))
+        lost, sequences = added.new_empty(shape[:3]), plan.offsets.shape[0] - 1
+        self._launch(plan, None, None, added, lost, reverse=reverse)
+        end = added.new_empty(sequences, *shape[1:]) if end is None else end
+        launch(
+            scan_kernel,
+            (sequences, heads, -(-width * values // 256)),
+            (added, lost, added if start is None else start, entering, end, plan.offsets, heads),
+            _scan_constants(width, values, reverse, start is not None),
+            *SCAN[1:],
+        )
+        return entering
+
+    def run(
+        self,
+        plan: Plan,
+        out: Tensor | None,
+        start: Tensor | None,
+        end: Tensor | None = None,
+        *,
+        turned: bool = False,
+        reverse: bool = False,
+        states: Tensor | None = None,
+        parts: Tensor | None = None,
+        scales: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Walks all segments.
+
+        Args:
+            plan: where segments and chunks lie.
+            out: receives the result, `[B, T, H, Z]`; None when only states are wanted.
+            start: the state in front of each segment, from `between`, or None for zeros.
+            end: receives the state after each sequence where every sequence is one segment; None where it is not asked
+                for.
+            turned: whether `start` comes from a walk with x and z in each other's place.
+            reverse: whether to walk from the end.
+            states: receives the state in front of each chunk, `[chunks, H, X, Z]`, or None.
+            parts: receives the parts of the power's gradient, `[segments, H]` float32.
+            scales: receive the inverse norms of x and y.
+        """
+        end = end if plan.whole else None
+        self._launch(plan, out, start, end, None, turned, states, parts, scales, reverse=reverse)
+
+    def _launch(
+        self,
+        plan: Plan,
+        out: Tensor | None,
+        start: Tensor | None,
+        end: Tensor | None,
+        lost: Tensor | None,
+        turned: bool = False,
+        states: Tensor | None = None,
+        parts: Tensor | None = None,
+        scales: tuple[Tensor, Tensor] | None = None,
+        *,
+        reverse: bool,
+    ) -> None:
+        constants = _constants(
+            self.x.dtype, self.x.shape[3], self.z.shape[3], CHUNK,
+            self.log_decay is not None, self.unit, self.a is not None, self.b is not None, self.factor,
+            self.skip is not None,
+            self.own is not None and out is not None, reverse, start is not None, turned, out is not None,
+            states is not None, end is not None, lost is not None, scales is not None,
+        )  # fmt: skip
+        spare, heads = self.z, self.z.shape[2]
+        given = [
+            self.x, self.y, self.z, self.a, self.b, self.log_count, self.power, self.log_decay,
+            self.skip, self.own, self.own_scale, start, end, lost, states, out, parts, *(scales or (None, None)),
+        ]  # fmt: skip
+        arguments = [spare if tensor is None else tensor for tensor in given]
+        arguments += [plan.segments]
+        grid = (plan.segments.shape[0], heads, -(-self.z.shape[3] // constants["BZ"]))
+        launch(walk_kernel, grid, (*arguments, self.eps, heads, heads // self.x.shape[2]), constants, WARPS, STAGES)
+
+
+@functools.cache
+def _constants(dtype: torch.dtype, width: int, values: int, chunk: int, *switches: int) -> Constants:
+    names = (
+        "DECAY", "UNIT", "A", "B", "FACTOR", "HAS_SKIP", "JACOBIAN", "REVERSE", "HAS_START", "TURNED", "STORE_OUT",
+        "STORE_STATES", "STORE_END", "STORE_LOST", "STORE_SCALES",
+    )  # fmt: skip
+    named = dict(zip(names, switches, strict=True))
+    columns = padded(values) if named["JACOBIAN"] else NARROWEST
+    sizes = {"X": width, "Z": values, "BT": chunk, "BX": padded(width), "BZ": columns, "STAGES": STAGES}
+    return Constants(sizes | named | arithmetic(dtype))
+
+
+@functools.cache
+def _scan_constants(width: int, values: int, reverse: bool, has_start: bool) -> Constants:
+    return Constants({"K": width, "V": values, "BN": 256, "REVERSE": reverse, "HAS_START": has_start})
+
+
+def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time arguments for the dtype of the matrix products; the interpreter takes float32."""
+    exact = dtype == torch.float32
+    return {
+        "FAST": 0 if exact else 1 if INTERPRETED else 2, "DOT": tl.float32 if INTERPRETED else DOT[dtype],
+        "PRECISION": "tf32x3" if exact else "tf32",
+    }  # fmt: skip
+
+
+def padded(width: int) -> int:
+    """Columns of a block that holds so many."""
+    return max(NARROWEST, 1 << (width - 1).bit_length())

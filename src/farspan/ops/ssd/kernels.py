@@ -1,0 +1,116 @@
+"""Triton kernels of the gradient of state space duality: one program per chunk and group of heads.
+
+A program walks the heads of its group. What they share, the products of queries c and keys b, is formed once, and the
+gradient of c or b is summed in registers. With G the inclusive sum of log decays in the chunk, w the weights of the
+values x, L_ts = e^(G_t - G_s) for s <= t, S the state entering the chunk and dS the gradient of the one leaving it,
+
+    dc_t = sum_s L_ts (dy_t . x_s) w_s b_s + e^(G_t) dy_t S^T
+    db_s = w_s (sum_t L_ts (x_s . dy_t) c_t + e^(G_last - G_s) x_s dS^T)
+    dx_s = w_s dx'_s + d dy_s,    dx'_s = sum_t L_ts (c_t . b_s) dy_t + e^(G_last - G_s) b_s dS,    dw_s = x_s . dx'_s
+    dg_t = sum_{s >= t} ((y_s - d x_s) . dy_s - w_s dw_s) + <S_next, dS>
+
+Conventions and names are those of `gated_linear.kernels`.
+"""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+from farspan.ops.gated_linear.kernels import INTEGERS, LOG_ZERO, exp
+
+
+@triton.jit
+def _decays(log_decay, row, o_t, m_t, H):
+    b_g = tl.maximum(tl.load(log_decay + row + o_t * H, mask=m_t, other=0.0), LOG_ZERO)
+    return tl.cumsum(b_g, axis=0), tl.sum(b_g, axis=0)
+
+
+@triton.jit(do_not_specialize=(*INTEGERS, "R"))
+def query_gradient_kernel(
+    k, v, w, log_decay, d_out, states, dq, chunks, H, R,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, STAGES: tl.constexpr,
+    FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the queries of one chunk and group."""
+    i_c, i_g = tl.program_id(0), tl.program_id(1)
+    t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
+    o_k, o_v, o_t = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BT)
+    m_t, m_k, m_v = (t + o_t) < last, o_k < K, o_v < V
+    groups = H // R
+    o_x = (t.to(tl.int64) * groups + i_g) * K + o_t[:, None] * (groups * K) + o_k[None, :]
+    m_x, m_y = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :]
+    sees = o_t[:, None] >= o_t[None, :]
+    b_k = tl.load(k + o_x, mask=m_x, other=0.0).to(DOT)
+    b_dq = tl.zeros([BT, BK], tl.float32)
+    for i_r in tl.range(0, R, num_stages=STAGES):
+        row = t.to(tl.int64) * H + i_g * R + i_r
+        o_y = row * V + o_t[:, None] * (H * V) + o_v[None, :]
+        o_s = (i_c.to(tl.int64) * H + i_g * R + i_r) * (K * V) + o_k[:, None] * V + o_v[None, :]
+        b_v = tl.load(v + o_y, mask=m_y, other=0.0).to(DOT)
+        b_do = tl.load(d_out + o_y, mask=m_y, other=0.0).to(DOT)
+        b_s = tl.load(states + o_s, mask=m_k[:, None] & m_v[None, :], other=0.0).to(DOT)
+        b_w = tl.load(w + row + o_t * H, mask=m_t, other=0.0)
+        b_total, _ = _decays(log_decay, row, o_t, m_t, H)
+        b_da = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_da *= exp(tl.where(sees, b_total[:, None] - b_total[None, :], 0.0), FAST) * b_w[None, :]
+        b_da = tl.where(sees, b_da, 0.0).to(DOT)
+        b_dq = tl.dot(b_da, b_k, b_dq, input_precision=PRECISION)
+        b_dq += tl.dot(b_do, tl.trans(b_s), input_precision=PRECISION) * exp(b_total, FAST)[:, None]
+    tl.store(dq + o_x, b_dq.to(dq.dtype.element_ty), mask=m_x)
+
+
+@triton.jit(do_not_specialize=(*INTEGERS, "R"))
+def key_gradient_kernel(
+    q, k, v, w, log_decay, skip, out, d_out, states, d_states, dk, dv, dw, d_decay, d_skip, chunks, H, R,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_SKIP: tl.constexpr,
+    STAGES: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys, values, weights, decays and skip of one chunk and group."""
+    i_c, i_g = tl.program_id(0), tl.program_id(1)
+    t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
+    o_k, o_v, o_t = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BT)
+    m_t, m_k, m_v = (t + o_t) < last, o_k < K, o_v < V
+    groups = H // R
+    o_x = (t.to(tl.int64) * groups + i_g) * K + o_t[:, None] * (groups * K) + o_k[None, :]
+    m_x, m_y, m_s = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :], m_k[:, None] & m_v[None, :]
+    seen = o_t[:, None] <= o_t[None, :]
+    b_q = tl.load(q + o_x, mask=m_x, other=0.0).to(DOT)
+    b_k = tl.load(k + o_x, mask=m_x, other=0.0).to(DOT)
+    b_kq = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+    b_dk = tl.zeros([BT, BK], tl.float32)
+    for i_r in tl.range(0, R, num_stages=STAGES):
+        i_h = i_g * R + i_r
+        row = t.to(tl.int64) * H + i_h
+        o_y = row * V + o_t[:, None] * (H * V) + o_v[None, :]
+        o_s = (i_c.to(tl.int64) * H + i_h) * (K * V) + o_k[:, None] * V + o_v[None, :]
+        b_v = tl.load(v + o_y, mask=m_y, other=0.0)
+        b_do = tl.load(d_out + o_y, mask=m_y, other=0.0)
+        b_ds = tl.load(d_states + o_s, mask=m_s, other=0.0).to(DOT)
+        b_s = tl.load(states + o_s, mask=m_s, other=0.0).to(tl.float32)
+        b_w = tl.load(w + row + o_t * H, mask=m_t, other=0.0)
+        b_total, b_all = _decays(log_decay, row, o_t, m_t, H)
+        b_left = exp(b_all - b_total, FAST)
+        b_keep = tl.where(seen, exp(tl.where(seen, b_total[None, :] - b_total[:, None], 0.0), FAST), 0.0)
+        b_v32, b_do32 = b_v.to(tl.float32), b_do.to(tl.float32)
+        b_dv = tl.dot(b_k, b_ds, input_precision=PRECISION) * b_left[:, None]
+        b_kept = tl.sum(b_w * tl.sum(b_dv * b_v32, axis=1), axis=0)
+        b_kept += exp(b_all, FAST) * tl.sum(tl.sum(b_s * b_ds.to(tl.float32), axis=1), axis=0)
+        b_at = (b_kq * b_keep).to(DOT)
+        b_dv = tl.dot(b_at, b_do.to(DOT), b_dv, input_precision=PRECISION)
+        b_dw = tl.sum(b_dv * b_v32, axis=1)
+        tl.store(dw + row + o_t * H, b_dw, mask=m_t)
+        b_y = tl.load(out + o_y, mask=m_y, other=0.0).to(tl.float32)
+        b_dv *= b_w[:, None]
+        if HAS_SKIP:
+            b_skip = tl.load(skip + i_h).to(tl.float32)
+            b_dv += b_skip * b_do32
+            b_y -= b_skip * b_v32
+            tl.store(d_skip + i_c * H + i_h, tl.sum(tl.sum(b_do32 * b_v32, axis=1), axis=0))
+        tl.store(dv + o_y, b_dv.to(dv.dtype.element_ty), mask=m_y)
+        b_dg = tl.cumsum(tl.sum(b_y * b_do32, axis=1) - b_w * b_dw, axis=0, reverse=True) + b_kept
+        tl.store(d_decay + row + o_t * H, b_dg, mask=m_t)
+        b_dat = tl.dot(b_v.to(DOT), tl.trans(b_do).to(DOT), input_precision=PRECISION) * b_keep * b_w[:, None]
+        b_dk = tl.dot(b_dat.to(DOT), b_q, b_dk, input_precision=PRECISION)
+        b_vw = (b_v32 * (b_w * b_left)[:, None]).to(DOT)
+        b_dk = tl.dot(b_vw, tl.trans(b_ds), b_dk, input_precision=PRECISION)
+    tl.store(dk + o_x, b_dk.to(dk.dtype.element_ty), mask=m_x)
