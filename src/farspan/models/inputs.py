@@ -15,6 +15,7 @@ from farspan.ops import varlen
 # What tokenizers, collators and versions of transformers pass along for other models; it has no meaning here.
 _IGNORED_ARGUMENTS = frozenset(
     (
+        "assistant_tokenizer",
         "cache_position",
         "cu_seq_lens_k",
         "cu_seq_lens_q",
@@ -22,6 +23,7 @@ _IGNORED_ARGUMENTS = frozenset(
         "max_length_q",
         "seq_idx",
         "special_tokens_mask",
+        "tokenizer",
     )
 )
 
