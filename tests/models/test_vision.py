@@ -149,6 +149,7 @@ def test_padded_tiles_take_no_part(mix: str, causal: bool, pooling: str) -> None
         padded = {name: torch.empty(1, 11, x.shape[-1], dtype=x.dtype) for name, x in given.items()}
         for name, x in padded.items():
             x[:, mask[0] == 1], x[:, mask[0] == 0] = given[name], padding[name]
+        padded["coordinates"][:, places[0]] = -1
         with torch.no_grad():
             ours, expected = model(**padded, attention_mask=mask).logits, model(**given).logits
         assert_close(ours, expected, rtol=tolerances.FLOAT32, atol=tolerances.FLOAT32)
@@ -198,8 +199,7 @@ def test_the_initial_state_is_the_same_each_time_and_of_the_asked_size() -> None
 def test_auto_class_and_pipeline(tmp_path: Path) -> None:
     """Images are scaled and cut by any image processor of transformers; ours would do nothing that these do not."""
     from PIL import Image
-    from transformers import AutoModelForImageClassification, pipeline
-    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+    from transformers import AutoModelForImageClassification, ViTImageProcessor, pipeline
 
     names = {0: "cat", 1: "dog", 2: "bird"}
     model = tiny({"image_size": 32, "patch_size": 8}, id2label=names)
@@ -208,7 +208,7 @@ def test_auto_class_and_pipeline(tmp_path: Path) -> None:
     assert type(loaded) is FarspanForImageClassification and loaded.config.id2label == names
     pixels = torch.randn(1, 3, 32, 32)
     assert_close(loaded(pixels).logits, model(pixels).logits)
-    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
     classify = pipeline("image-classification", model=loaded, image_processor=processor)
     picture = Image.new("RGB", (50, 40), (200, 30, 60))
     answers = classify(picture)
@@ -267,6 +267,7 @@ def test_images_that_do_not_fit_are_refused(given: dict[str, Any], error: type[E
         ({"features": torch.randn(1, 4, 6)}, ShapeError, r"num_channels=5"),
         ({"features": torch.randn(1, 4, 5)}, ShapeError, "got none"),
         ({"features": torch.randn(1, 4, 5), "coordinates": torch.zeros(1, 3, 2)}, ShapeError, r"got \[1, 3, 2\]"),
+        ({**tiles(), "attention_mask": torch.ones(2, 8)}, ShapeError, r"expected \[B=2, N=9\]"),
         ({"features": torch.randn(1, 1, 5), "coordinates": torch.full((1, 1, 2), 320)}, ShapeError, "reach tile 20"),
         ({"features": torch.randn(1, 1, 5), "coordinates": torch.full((1, 1, 2), -1)}, ShapeError, "tile -1"),
     ],

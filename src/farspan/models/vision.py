@@ -36,7 +36,7 @@ class VisionEmbeddings(nn.Module):
         super().__init__()
         self.options = options
         self.initializer_range = config.initializer_range
-        self.last = config.causal
+        self.token_last = config.causal
         self.projection: nn.Conv2d | nn.Linear = projection
         rows, columns = options.grid
         learned = torch.empty(rows * columns, config.hidden_size) if options.positions == "learned" else None
@@ -59,10 +59,10 @@ class VisionEmbeddings(nn.Module):
         """The inverse for `[B, N + 1, D]`."""
         if self.class_token is None:
             return x
-        return x[:, :-1] if self.last else x[:, 1:]
+        return x[:, :-1] if self.token_last else x[:, 1:]
 
     def _beside(self, x: Tensor, token: Tensor) -> Tensor:
-        return torch.cat((x, token) if self.last else (token, x), dim=1)
+        return torch.cat((x, token) if self.token_last else (token, x), dim=1)
 
 
 class PatchEmbeddings(VisionEmbeddings):
@@ -102,11 +102,13 @@ class TileEmbeddings(VisionEmbeddings):
     def __init__(self, config: FarspanConfig, options: VisionOptions) -> None:
         super().__init__(config, options, nn.Linear(options.num_channels, config.hidden_size))
 
-    def forward(self, features: Tensor, coordinates: Tensor | None) -> Tensor:
-        """Features `[B, N, F]` and coordinates `[B, N, 2]` (x, y in pixels) → `[B, N, D]`."""
+    def forward(self, features: Tensor, coordinates: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Features `[B, N, F]`, coordinates `[B, N, 2]` (x, y in pixels) and padding mask `[B, N]` → `[B, N, D]`."""
         shape, width = features.shape, self.options.num_channels
         if len(shape) != 3 or shape[-1] != width:
             raise ShapeError(f"features has shape {list(shape)}; expected [B, N, num_channels={width}].")
+        if mask is not None and mask.shape != shape[:2]:
+            raise ShapeError(f"attention_mask has shape {list(mask.shape)}; expected [B={shape[0]}, N={shape[1]}].")
         x = self.projection(features.to(self.projection.weight.dtype))
         if self.options.positions == "none":
             return x
@@ -114,6 +116,8 @@ class TileEmbeddings(VisionEmbeddings):
             given = "none" if coordinates is None else list(coordinates.shape)
             raise ShapeError(f"coordinates: expected [B={shape[0]}, N={shape[1]}, 2], got {given}.")
         tiles = coordinates.div(self.options.tile_size, rounding_mode="floor").long()
+        if mask is not None:
+            tiles = tiles.masked_fill((mask == 0).unsqueeze(-1), 0)
         size = self.options.grid_size
         if not torch.compiler.is_compiling() and tiles.numel() and not bool(((tiles >= 0) & (tiles < size)).all()):
             raise ShapeError(
@@ -222,4 +226,4 @@ class FarspanForImageClassification(Classifier):
             return self.embeddings(pixel_values)
         if features is None or pixel_values is not None:
             raise ConfigError("This model reads features of tiles: give features [B, N, F] and coordinates [B, N, 2].")
-        return self.embeddings(features, coordinates)
+        return self.embeddings(features, coordinates, attention_mask)
