@@ -1,4 +1,4 @@
-"""State space duality through kernels: a walk for the outputs, one for the gradient of the states, two for the rest."""
+"""State space duality through kernels: walks for states and their gradients, then everything by chunks."""
 
 import functools
 from typing import Any
@@ -13,11 +13,11 @@ from farspan.ops.gated_linear import rows
 from farspan.ops.gated_linear.plan import Plan, cut, most_chunks, plan_chunks
 from farspan.ops.gated_linear.rows import Walk
 from farspan.ops.gated_linear.triton import gated_linear_attention_triton
-from farspan.ops.ssd.kernels import key_gradient_kernel, query_gradient_kernel
+from farspan.ops.ssd.kernels import output_kernel, shared_gradient_kernel, value_gradient_kernel
 from farspan.ops.ssd.reference import step_size, through
 
-# Warps and stages of the two gradient kernels.
-QUERY, KEY = (4, 2), (4, 1)
+# Warps and stages of the kernels for outputs, for what the heads of a group share, and for values.
+OUTPUT, SHARED, VALUE = (4, 3), (4, 2), (4, 1)
 
 
 def state_space_duality_triton(
@@ -117,8 +117,10 @@ def _run(
     results: tuple[Tensor, ...],
 ) -> None:
     out, final, states = results
-    walk = Walk(q, k, v, b=w, log_decay=log_decay, skip=skip)
-    walk.run(plan, out, walk.between(plan, initial, final), final, states=states)
+    walk = Walk(q, k, v, b=w, log_decay=log_decay)
+    walk.run(plan, None, walk.between(plan, initial, final), final, states=states)
+    arguments = (q, k, v, w, log_decay, w if skip is None else skip, states, out, plan.chunks)
+    _launch(output_kernel, plan, q, v, arguments, OUTPUT, HAS_SKIP=skip is not None)
 
 
 def _gradients(
@@ -165,17 +167,16 @@ def _run_backward(
     walk = Walk(k, q, d_out, log_decay=log_decay)
     start = walk.between(plan, d_final, d_initial, reverse=True)
     walk.run(plan, None, start, d_initial, reverse=True, states=d_states)
-    chunks, heads, groups = plan.chunks.shape[0], v.shape[2], q.shape[2]
-    grid, sizes = (chunks, groups), (heads, heads // groups)
-    parts = w.new_empty(0 if skip is None else chunks, heads, dtype=torch.float32)
-    kind = (q.dtype, q.shape[3], v.shape[3], rows.CHUNK)
-    arguments = (k, v, w, log_decay, d_out, states, dq, plan.chunks, *sizes)
-    launch(query_gradient_kernel, grid, arguments, _constants(*kind, None, QUERY[1]), *QUERY)
-    more = (
-        q, k, v, w, log_decay, w if skip is None else skip, out, d_out, states, d_states, dk, dv, dw, d_decay, parts,
-        plan.chunks, *sizes,
+    parts = w.new_empty(0 if skip is None else plan.chunks.shape[0], v.shape[2], dtype=torch.float32)
+    arguments: tuple[Any, ...] = (k, d_out, v, w, log_decay, states, dq, plan.chunks)
+    _launch(shared_gradient_kernel, plan, q, v, arguments, SHARED, LATER=False)
+    arguments = (q, v, d_out, w, log_decay, d_states, dk, plan.chunks)
+    _launch(shared_gradient_kernel, plan, q, v, arguments, SHARED, LATER=True)
+    arguments = (
+        q, k, v, w, log_decay, w if skip is None else skip, out, d_out, states, d_states, dv, dw, d_decay, parts,
+        plan.chunks,
     )  # fmt: skip
-    launch(key_gradient_kernel, grid, more, _constants(*kind, skip is not None, KEY[1]), *KEY)
+    _launch(value_gradient_kernel, plan, q, v, arguments, VALUE, HAS_SKIP=skip is not None)
     if skip is not None:
         torch.sum(parts, 0, out=d_skip)
 
@@ -197,13 +198,19 @@ def _rehearse(
         _run_backward(plan, short[2], None, backward, _gradients(None, None, *backward))
 
 
+def _launch(
+    kernel: Any, plan: Plan, q: Tensor, v: Tensor, arguments: tuple[Any, ...], tile: tuple[int, int], **switch: bool
+) -> None:
+    """One program per chunk and group."""
+    heads, groups = v.shape[2], q.shape[2]
+    constants = _constants(q.dtype, q.shape[3], v.shape[3], rows.CHUNK, *switch.items(), ("STAGES", tile[1]))
+    launch(kernel, (plan.chunks.shape[0], groups), (*arguments, heads, heads // groups), constants, *tile)
+
+
 @functools.cache
-def _constants(
-    dtype: torch.dtype, width: int, values: int, chunk: int, has_skip: bool | None, stages: int
-) -> Constants:
+def _constants(dtype: torch.dtype, width: int, values: int, chunk: int, *switches: tuple[str, int]) -> Constants:
     shape = {"K": width, "V": values, "BT": chunk, "BK": rows.padded(width), "BV": rows.padded(values)}
-    switch = {} if has_skip is None else {"HAS_SKIP": has_skip}
-    return Constants(shape | switch | {"STAGES": stages} | rows.arithmetic(dtype))
+    return Constants(shape | dict(switches) | rows.arithmetic(dtype))
 
 
 def _plan(v: Tensor, cu_seqlens: Tensor | None) -> Plan:
