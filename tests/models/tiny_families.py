@@ -64,6 +64,36 @@ def _vision(*, final_norm: bool, num_labels: int = 0, **fields: Any) -> FarspanC
 
 _ENCODER: dict[str, Any] = {"vocab_size": 0, "causal": False, "architectures": ["FarspanModel"]}
 
+
+def _llama(mixers: list[str] | None = None, **fields: Any) -> FarspanConfig:
+    sizes = {**_SIZES, "intermediate_size": 48, "architectures": ["FarspanForCausalLM"], "num_key_value_heads": 2}
+    return FarspanConfig(**{**sizes, "mixers": mixers or ["softmax"], **fields})
+
+
+def _qwen3(mixers: list[str], **fields: Any) -> FarspanConfig:
+    options = {"qk_norm": True, "norm_eps": 1e-6}
+    windows = {"sliding_softmax": {**options, "sliding_window": 5}} if "sliding_softmax" in mixers else {}
+    return _llama(mixers, mixer_options={"softmax": options, **windows}, **fields)
+
+
+def _neox(mixer: str, **fields: Any) -> FarspanConfig:
+    tie = {"tie": "head"} if mixer == "collinear" else {}
+    block = {
+        "mixers": [mixer],
+        "mixer_options": {mixer: {"attention_bias": True, "partial_rotary_factor": 0.5, **tie}},
+        "feed_forwards": ["mlp"],
+        "feed_forward_options": {"mlp": {"bias": True}},
+        "hidden_act": "gelu",
+        "norm_type": "layer_norm",
+        "norm_eps": 1e-5,
+        "use_parallel_residual": True,
+    }
+    sizes = {**_SIZES, "intermediate_size": 48, "architectures": ["FarspanForCausalLM"]}
+    return FarspanConfig(**{**sizes, **block, **fields})
+
+
+_CLASSIFIER: dict[str, Any] = {"architectures": ["FarspanForSequenceClassification"], "num_labels": 3}
+
 TINY: dict[str, Callable[[], FarspanConfig]] = {
     "cottention-bert": lambda: _bert("cosine", next_sentence_head=True),
     "cottention-bert/classifier": lambda: _bert("cosine", "FarspanForSequenceClassification", num_labels=3),
@@ -83,6 +113,22 @@ TINY: dict[str, Callable[[], FarspanConfig]] = {
     ),
     "metala-neox": lambda: _metala(norm_type="layer_norm", norm_eps=1e-5),
     "metala-neox/tied": lambda: _metala(norm_type="neox_rms_norm", norm_eps=1e-8, tie_word_embeddings=True),
+    "llama": lambda: _llama(),
+    "llama/tied": lambda: _llama(
+        tie_word_embeddings=True,
+        mixer_options={"softmax": {"attention_bias": True}},
+        feed_forward_options={"gated_mlp": {"bias": True}},
+        rope_parameters={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ),
+    "llama/classifier": lambda: _llama(**_CLASSIFIER),
+    "llama/stack": lambda: _llama(architectures=["FarspanModel"]),
+    "qwen3": lambda: _qwen3(["softmax"], tie_word_embeddings=True, head_dim=12),
+    "qwen3/windows": lambda: _qwen3(["softmax", "sliding_softmax"]),
+    "gpt_neox": lambda: _neox("softmax", hidden_dropout=0.1, embedding_dropout=0.1),
+    "gpt_neox/classifier": lambda: _neox("softmax", use_parallel_residual=False, **_CLASSIFIER),
+    "coca-llama": lambda: _llama(["collinear"], rope_parameters={"rope_type": "dynamic", "factor": 4.0}),
+    "coca-llama/classifier": lambda: _llama(["collinear"], **_CLASSIFIER),
+    "coca-neox": lambda: _neox("collinear"),
     "longnet-decoder": lambda: _longnet(),
     "longnet-decoder/deepnorm": lambda: _longnet(
         **longnet_block([8, 16], [1, 3], norm_place="pre", sub_norm=False, norm_eps=1e-6),
