@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("farspan.cli.train:run", "train a model from a recipe, or go on with a run"),
     "eval": ("farspan.cli.eval:run", "measure bits per byte and perplexity by context length"),
     "generate": ("farspan.cli.generate:run", "continue a prompt with a trained model"),
+    "convert": ("farspan.cli.convert:run", "convert a published checkpoint, or write one back in its published form"),
     "bench": ("farspan.cli.bench:run", "measure how fast a model trains and decodes on this machine"),
     "info": ("farspan.cli.info:run", "show versions, devices and backends, or describe a model directory"),
     "data": ("farspan.cli.main:run_data", "prepare a corpus for training, or inspect one (prepare | inspect)"),

@@ -49,8 +49,8 @@ def plan_in(source: Source, family: str | None = None) -> Plan:
     found = {name: source.tensors[raw] for name, raw in stored.items()}
     asked = _Asked(source.config)
     published = Published(asked, {name: x.shape for name, x in found.items()})
-    kind = families.get(family) if family is not None else _detect(Published(source.config, published.shapes))
-    config = read_config(kind, published, source)
+    kind = _family(Published(source.config, published.shapes), family)
+    config = _read_config(kind, published, source)
     entries, what = kind.entries(config), _title(kind)
     ignored = [name for name in stored if kind.ignores(name)]
     check_names(
@@ -58,7 +58,6 @@ def plan_in(source: Source, family: str | None = None) -> Plan:
         [entry.published for entry in entries],
         [entry.published for entry in entries if entry.our_names()],
         what,
-        _other_family(kind, Published(source.config, published.shapes)),
     )
     _, held = skeleton(config)
     check_map(held, entries, what)
@@ -108,37 +107,36 @@ def plan_in(source: Source, family: str | None = None) -> Plan:
     )
 
 
-def read_config(family: Family, published: Published, source: Source) -> FarspanConfig:
-    """Farspan's configuration of a published one.
-
-    Raises:
-        CheckpointError: in place of whatever a configuration or a state dict of another form leads to.
-    """
+def _read_config(family: Family, published: Published, source: Source) -> FarspanConfig:
+    """Farspan's configuration of a published one; a clear message in place of whatever another form leads to."""
+    failed = f"{source.path} cannot be read as {_title(family)}"
     try:
         return family.read_config(published)
-    except CheckpointError:
-        raise
     except FarspanError as error:
-        raise CheckpointError(f"{source.path} is not accepted as {_title(family)}: {error}") from error
+        raise CheckpointError(f"{failed}: {error}") from error
     except KeyError as error:
-        name = error.args[0]
-        where = "its parameters"
-        if name not in published.shapes and "." not in str(name):
-            where = "config.json" if source.config_from else "settings, for it has no config.json; put it beside them"
-        raise CheckpointError(
-            f"{source.path} looks like {_title(family)}, but {name!r} is missing in {where}."
-        ) from error
+        where = "among its parameters"
+        if error.args[0] in getattr(published.config, "read", ()):
+            where = "in config.json" if source.config_from else "in config.json, which it has not; put one there"
+        raise CheckpointError(f"{failed}: {error.args[0]!r} is missing {where}.") from error
     except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+        raise CheckpointError(f"{failed}: config.json or the shapes are not as expected ({error}).") from error
+
+
+def _family(published: Published, name: str | None) -> Family:
+    """The family that is named, unless the checkpoint is another's, or the one that is found."""
+    if name is None:
+        try:
+            return families.detect(published)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_nearest(published)}") from None
+    named = families.get(name)
+    fitting = [family for family in families.families().values() if family.matches(published)]
+    if fitting and named not in fitting:
         raise CheckpointError(
-            f"{source.config_from or 'the shapes'} of {source.path} cannot be read as {_title(family)}: {error}."
-        ) from error
-
-
-def _detect(published: Published) -> Family:
-    try:
-        return families.detect(published)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{_nearest(published)}") from None
+            f"The checkpoint is not {_title(named)}: it looks like {' or '.join(_title(family) for family in fitting)}."
+        )
+    return named
 
 
 def _nearest(published: Published) -> str:
@@ -160,14 +158,6 @@ def _nearest(published: Published) -> str:
             except CheckpointError as error:
                 best = alike, f" Nearest: {error}"
     return best[1]
-
-
-def _other_family(family: Family, published: Published) -> str:
-    """What another family the checkpoint is of, if it is."""
-    fitting = [other for other in families.families().values() if other.matches(published)]
-    if not fitting or family in fitting:
-        return ""
-    return f" It looks like {' or '.join(_title(other) for other in fitting)}."
 
 
 def _title(family: Family) -> str:

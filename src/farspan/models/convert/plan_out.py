@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,16 @@ _TRAINING = (
 )
 
 
+_RECORD_FIELDS: dict[str, Any] = {
+    "family": str,
+    "config": dict | None,
+    "optional": dict,
+    "ignored": list,
+    "renamed": dict,
+    "untied": bool,
+}
+
+
 def plan_out(source: Source, family: str | None = None) -> Plan:
     """What writing a Farspan model in its published form will do.
 
@@ -53,7 +64,7 @@ def plan_out(source: Source, family: str | None = None) -> Plan:
     Raises:
         CheckpointError: if the model is not whole, or is none that the family can express.
     """
-    config, record = load_config(source), read_json(source.directory / RECORD) or {}
+    config, record = load_config(source), _read_record(source.directory / RECORD)
     if family is not None and family != record.get("family"):
         record = {}
     model, held = skeleton(config)
@@ -119,6 +130,20 @@ def load_config(source: Source) -> FarspanConfig:
         raise CheckpointError(f"config.json of {source.path} is not accepted: {error}") from error
 
 
+def _read_record(path: Path) -> dict[str, Any]:
+    """What the way in left for the way back; empty if the model was never converted."""
+    record = read_json(path)
+    if record is None:
+        return {}
+    for name, kind in _RECORD_FIELDS.items():
+        value = record.get(name)
+        if not isinstance(value, kind) or (kind is dict and not all(isinstance(x, str) for x in value.values())):
+            raise CheckpointError(
+                f"{path} is damaged: {name} is {value!r}. Put it back, or delete it and use --family."
+            )
+    return record
+
+
 def differences(one: FarspanConfig, other: FarspanConfig) -> dict[str, tuple[Any, Any]]:
     """Fields in which two configurations differ → both values; options that are left out count as their defaults."""
     a, b = _canonical(one), _canonical(other)
@@ -162,7 +187,11 @@ def _published_config(
             return candidate, notes
     raise CheckpointError(
         f"{family.title} cannot express this model: "
-        + "; ".join(f"{name} is {ours!r} and would be {theirs!r}" for name, (ours, theirs) in lost.items())
+        + "; ".join(
+            f"{name} is {ours!r} and would be {theirs!r}"
+            for name, (ours, theirs) in lost.items()
+            if name not in _TRAINING
+        )
         + "."
     )
 

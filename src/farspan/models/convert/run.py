@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from farspan.models.configuration import FarspanConfig
 from farspan.models.convert.plan import FLOATS, Plan, word
 from farspan.models.convert.plan_in import plan_in
 from farspan.models.convert.plan_out import RECORD, differences, load_config, plan_out
-from farspan.models.convert.source import Source
+from farspan.models.convert.source import Source, read_json, some
 from farspan.models.convert.writer import ShardWriter, check_destination, staged, write_json
 
 Direction = Literal["farspan", "original"]
@@ -144,6 +144,7 @@ def convert(
     plan = (plan_in if to == "farspan" else plan_out)(opened, family)
     if dtype is not None:
         plan.outputs = {name: x.to(dtype) for name, x in plan.outputs.items()}
+    plan.config.dtype = plan.dtype
     files = travelling(opened.directory)
     if target is not None:
         _write(plan, target, files, max_shard_size, progress)
@@ -167,7 +168,7 @@ def convert(
         ignored=plan.ignored,
         assumed=plan.assumed,
         unread=plan.unread,
-        notes=plan.notes,
+        notes=[*plan.notes, *(_left_behind(opened.directory, files) if plan.inward else [])],
         files=[path.name for path in files],
         dtype=word(plan.dtype),
         tensors=len(plan.outputs),
@@ -183,13 +184,21 @@ def travelling(directory: Path) -> list[Path]:
     return sorted(path for path in found if not _is_pickle(path))
 
 
+def _left_behind(directory: Path, files: list[Path]) -> Iterator[str]:
+    code = sorted(path.name for path in directory.glob("*.py"))
+    if code:
+        yield f"Code is not taken along, and Farspan needs none of it: {some(code)}."
+    names = {path.name for path in files}
+    if "auto_map" in (read_json(directory / "tokenizer_config.json") or {}) and "tokenizer.json" not in names:
+        yield "The tokenizer is code of its own, which does not go along; put another tokenizer into the directory."
+
+
 def _write(
     plan: Plan, target: Path, files: list[Path], max_shard_size: int | str, progress: Callable[[int, int], None] | None
 ) -> None:
     with staged(target, sum(x.nbytes for x in plan.outputs.values())) as staging:
         for path in files:
             shutil.copyfile(path, staging / path.name)
-        plan.config.dtype = plan.dtype
         write_json(staging / "config.json", plan.config.to_diff_dict() if plan.inward else plan.published)
         if plan.record:
             write_json(staging / RECORD, plan.record)

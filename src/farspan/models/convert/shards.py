@@ -121,9 +121,9 @@ def _load(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
     except Exception as error:  # whatever reading a damaged file can run into
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
                 f"{path} holds pickled code ({code[1]}), which would run if it were loaded; it is refused. If you "
