@@ -20,6 +20,7 @@ from farspan.ops.collinear.reference import collinear_key, collinear_query
 from farspan.ops.softmax.reference import visible
 from tests.golden.case import Case
 from tests.golden.model_cases import build, gradients
+from tests.golden.padded import check_padded_loss
 
 
 def llama_attention(case: Case) -> None:
@@ -94,7 +95,8 @@ def _language_model(case: Case, family: str) -> None:
         out.loss.backward()
         case.close_gradients(gradients(model, entries), case.grads)
     else:
-        _padded_loss(case, model, entries)
+        published = functools.partial(functools.partial, _published_padding, mask)
+        check_padded_loss(case, model, entries, case.inputs, published)
     _caches(case, model, out.past_key_values)
     if "short_logits_before_long" in outputs:
         length = outputs["short_logits_before_long"].shape[1]
@@ -105,36 +107,6 @@ def _language_model(case: Case, family: str) -> None:
         reach = case.inputs["input_ids"].shape[1]
         stretched, _ = rope_frequencies(channels, config.rope_parameters, config.max_position_embeddings, reach)
         case.close("frequencies of the long text", stretched, outputs["inv_freq_after_long"])
-
-
-def _padded_loss(case: Case, model: FarspanPreTrainedModel, entries: list[AnyEntry]) -> None:
-    """Its published value scores a padded row, the one before the first real token, whose content means nothing.
-
-    So the published way with padding is taken once, for the published loss and gradients; and where no padded row is
-    scored, ours have to be the same as that way's.
-    """
-    real = {**case.inputs, "labels": case.inputs["labels"].clone()}
-    real["labels"][:, 1:][case.inputs["attention_mask"][:, :-1] == 0] = -100
-    ours = _loss_and_gradients(model, entries, real)
-    for block in model.base_model.blocks:
-        block.mixer.forward = functools.partial(_published_padding, block.mixer, case.inputs["attention_mask"])
-    loss, found = _loss_and_gradients(model, entries, case.inputs)
-    case.close("loss", loss, case.outputs["loss"])
-    case.close_gradients(found, case.grads)
-    theirs = _loss_and_gradients(model, entries, real)
-    case.close("loss of real rows", ours[0], theirs[0])
-    case.close_gradients(ours[1], theirs[1])
-    for block in model.base_model.blocks:
-        del block.mixer.forward
-
-
-def _loss_and_gradients(
-    model: FarspanPreTrainedModel, entries: list[AnyEntry], inputs: dict[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    loss = model(**inputs, use_cache=False).loss
-    loss.backward()
-    return loss, {name: x.clone() for name, x in gradients(model, entries).items()}
 
 
 def _published_padding(
