@@ -35,6 +35,7 @@ class Mixer(nn.Module):
     Attributes:
         bidirectional: whether `config.causal=False` is supported.
         operators: names of the operators it calls, whose backends decide where it is fast (`farspan info`).
+        compact_cache: whether its cache is right behind a prompt with a compact layout (`SequenceLayout.compact`).
         attention_weights: whether it can say how much a query reads of every key (`SequenceLayout.observed`).
         shards: how it runs when a sequence is cut over ranks: `"state"` (passes boundary states), `"keys"` (gathers
             keys and values) or None (not at all: it then refuses a `sequence_parallel` context).
@@ -44,6 +45,7 @@ class Mixer(nn.Module):
 
     bidirectional: ClassVar[bool] = False
     operators: ClassVar[tuple[str, ...]] = ()
+    compact_cache: ClassVar[bool] = False
     attention_weights: ClassVar[bool] = False
     shards: ClassVar[Literal["state", "keys"] | None] = None
     no_weight_decay: tuple[str, ...] = ()

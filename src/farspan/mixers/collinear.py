@@ -62,6 +62,7 @@ class CollinearMixer(Mixer):
 
     bidirectional: ClassVar[bool] = True
     attention_weights: ClassVar[bool] = True
+    compact_cache: ClassVar[bool] = True
     operators: ClassVar[tuple[str, ...]] = ("collinear_attention",)
 
     def __init__(self, config: MixerShape, options: CollinearOptions, layer_idx: int) -> None:

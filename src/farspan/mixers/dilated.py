@@ -106,6 +106,7 @@ class DilatedMixer(Mixer):
 
     bidirectional: ClassVar[bool] = True
     attention_weights: ClassVar[bool] = True
+    compact_cache: ClassVar[bool] = True
     operators: ClassVar[tuple[str, ...]] = ("dilated_attention",)
     no_weight_decay = ("relative_bias",)
 

@@ -108,6 +108,7 @@ class DynamicMaskMixer(Mixer):
 
     bidirectional: ClassVar[bool] = True
     attention_weights: ClassVar[bool] = True
+    compact_cache: ClassVar[bool] = True
     operators: ClassVar[tuple[str, ...]] = ("dynamic_mask_attention",)
     no_weight_decay = ("bias_scale",)
 

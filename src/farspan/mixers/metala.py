@@ -73,6 +73,7 @@ class MetaLAMixer(StateMixer):
     """
 
     bidirectional: ClassVar[bool] = True
+    compact_cache: ClassVar[bool] = True
     operators: ClassVar[tuple[str, ...]] = ("metala_attention", "short_convolution")
     no_weight_decay = ("augmentation", "convolution")
     joint_projections = ("q_proj", "decay_proj", "v_proj", "gate_proj")

@@ -72,6 +72,7 @@ class SoftmaxMixer(Mixer):
 
     bidirectional: ClassVar[bool] = True
     attention_weights: ClassVar[bool] = True
+    compact_cache: ClassVar[bool] = True
     operators: ClassVar[tuple[str, ...]] = ("softmax_attention",)
 
     def __init__(self, config: MixerShape, options: SoftmaxOptions, layer_idx: int) -> None:

@@ -1,6 +1,5 @@
 """State space duality: the recurrence of Mamba-2, as Wonderful Matrices uses it."""
 
-import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -172,8 +171,6 @@ class SSDMixer(StateMixer):
         if self.options.padding_writes and layout.padding_mask is not None:
             x = x * layout.padding_mask.unsqueeze(-1)
             layout = SequenceLayout(layout.positions, cu_seqlens=layout.cu_seqlens)
-        if cache is not None:
-            layout = dataclasses.replace(layout, compact=False)
         if cos is not None and sin is not None:
             cos, sin = layout.pack(cos), layout.pack(sin)
         x, boundaries = layout.pack(x), layout.sequences()

@@ -72,7 +72,7 @@ def layout_of(
     cu_seqlens: Tensor | None,
     cache: FarspanCache | None,
     context_length: int | None,
-    causal: bool = True,
+    compact: bool = False,
 ) -> SequenceLayout:
     """Where the tokens of one forward pass stand; fixes the cache's context length at its first use.
 
@@ -80,7 +80,8 @@ def layout_of(
         shape: rows and new tokens per row, (B, T).
         device: where the positions are wanted.
         attention_mask, position_ids, cu_seqlens, cache, context_length: as in `FarspanForCausalLM.forward`.
-        causal: whether a token sees only its past.
+        compact: whether no token sees a later one, nor a cache what stands behind the last: padding may then be left in
+            by a compiled graph.
 
     Raises:
         ShapeError: for inputs that do not fit each other.
@@ -111,7 +112,7 @@ def layout_of(
     if cache is not None:
         cache.context_length = cache.context_length or context_length or seen + length
         context_length = cache.context_length
-    compact = torch.compiler.is_compiling() and causal and seen == 0
+    compact = compact and seen == 0 and torch.compiler.is_compiling()
     return SequenceLayout(positions, mask, cu_seqlens, context_length, compact)
 
 

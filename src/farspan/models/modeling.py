@@ -155,7 +155,8 @@ class FarspanModel(FarspanPreTrainedModel):
             cu_seqlens,
             past_key_values,
             context_length,
-            self.config.causal,
+            compact=self.config.causal
+            and (past_key_values is None or all(block.mixer.compact_cache for block in self.blocks)),
         )
         if observe:
             layout.attentions = []
