@@ -85,7 +85,7 @@ def test_options(checkpoint: Path, tmp_path: Path) -> None:
         (["SRC"], "farspan convert needs DST, the directory to make; or --dry-run"),
         (["nowhere", "DST"], "nowhere does not exist"),
         (["SRC", "DST", "--family", "bertt"], "Unknown family 'bertt': did you mean 'bert'? Accepted: "),
-        (["SRC", "DST", "--family", "bert"], "it looks like Cottention BERT (cosine attention)"),
+        (["SRC", "DST", "--family", "metala"], "It looks like Cottention BERT (cosine attention)"),
         (["SRC", "SRC", "--overwrite"], "lies in the checkpoint"),
         (["SRC", "DST", "--to", "original"], "is no Farspan model (model_type is 'bert'); leave out --to original"),
         (["SRC", "DST", "--max-shard-size", "0.x"], "max_shard_size='0.x' is no size"),

@@ -134,11 +134,24 @@ def test_settings_beside_the_weights_stand_in_for_a_missing_config(tmp_path: Pat
 def test_without_config_what_was_assumed_is_said(tmp_path: Path) -> None:
     source, state = published("metala", tmp_path)
     (source / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="it looks like MetaLA"):
+    with pytest.raises(CheckpointError, match="It looks like MetaLA"):
         convert(source, family="longnet-decoder", dry_run=True)
     done = convert(source, tmp_path / "ours")
     assert done.config_from is None and done.assumed["decoder_attention_heads"] == 8
     assert "no config.json; assumed: " in done.notes[0] and "decoder_attention_heads=8" in done.notes[0]
+    assert same(back(tmp_path), state)
+
+
+def test_a_family_that_is_named_wins_over_what_the_checkpoint_looks_like(tmp_path: Path) -> None:
+    """CoCA's GPT-NeoX, saved again by the stock class, has nothing left that tells it from a stock model."""
+    _, config, state = published_checkpoint("coca-neox")
+    state = {name: x for name, x in state.items() if "inv_freq" not in name}
+    del config["attention_type"]
+    source = save_published(tmp_path / "source", config, state)
+    assert convert(source, dry_run=True).family == "gpt_neox"
+    done = convert(source, tmp_path / "ours", family="coca-neox")
+    assert set(done.config["mixers"]) == {"collinear"}
+    assert "It looks like GPT-NeoX (--family gpt_neox). It is converted as CoCA on GPT-NeoX, as" in done.notes[0]
     assert same(back(tmp_path), state)
 
 

@@ -213,9 +213,9 @@ CASES = {
     ),
     "another family": case(
         lambda source, state: None,
-        "The checkpoint is not GPT-J (also Cottention's GPT with softmax) (--family gptj): it looks like MetaLA "
-        "(Hugging Face style) (--family metala).",
-        family="gptj",
+        "cannot be read as MetaLA (GPT-NeoX style) (--family metala-neox): 'sequential.0.word_embeddings.weight' is "
+        "missing among its parameters. It looks like MetaLA (Hugging Face style) (--family metala).",
+        family="metala-neox",
     ),
     "an unknown model taken for a known one": case(
         tensors(lambda state: [state.pop(name) for name in list(state) if "k_gate" in name]),

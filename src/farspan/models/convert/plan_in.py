@@ -49,8 +49,8 @@ def plan_in(source: Source, family: str | None = None) -> Plan:
     found = {name: source.tensors[raw] for name, raw in stored.items()}
     asked = _Asked(source.config)
     published = Published(asked, {name: x.shape for name, x in found.items()})
-    kind = _family(Published(source.config, published.shapes), family)
-    config = _read_config(kind, published, source)
+    kind, hint = _family(Published(source.config, published.shapes), family)
+    config = _read_config(kind, published, source, hint)
     entries, what = kind.entries(config), _title(kind)
     ignored = [name for name in stored if kind.ignores(name)]
     check_names(
@@ -58,6 +58,7 @@ def plan_in(source: Source, family: str | None = None) -> Plan:
         [entry.published for entry in entries],
         [entry.published for entry in entries if entry.our_names()],
         what,
+        hint,
     )
     _, held = skeleton(config)
     check_map(held, entries, what)
@@ -87,6 +88,7 @@ def plan_in(source: Source, family: str | None = None) -> Plan:
         copies=[stored[entry.published] for entry in copies if entry not in untied],
         ignored=[stored[name] for name in ignored],
         notes=[
+            *([f"{hint.strip()} It is converted as {kind.title}, as it was asked for."] if hint else []),
             *_claims(kind, source, asked),
             *_untied(untied),
             *_odd_buffers(source, stored, derived),
@@ -107,36 +109,34 @@ def plan_in(source: Source, family: str | None = None) -> Plan:
     )
 
 
-def _read_config(family: Family, published: Published, source: Source) -> FarspanConfig:
+def _read_config(family: Family, published: Published, source: Source, hint: str) -> FarspanConfig:
     """Farspan's configuration of a published one; a clear message in place of whatever another form leads to."""
     failed = f"{source.path} cannot be read as {_title(family)}"
     try:
         return family.read_config(published)
     except FarspanError as error:
-        raise CheckpointError(f"{failed}: {error}") from error
+        raise CheckpointError(f"{failed}: {error}{hint}") from error
     except KeyError as error:
         where = "among its parameters"
         if error.args[0] in getattr(published.config, "read", ()):
             where = "in config.json" if source.config_from else "in config.json, which it has not; put one there"
-        raise CheckpointError(f"{failed}: {error.args[0]!r} is missing {where}.") from error
+        raise CheckpointError(f"{failed}: {error.args[0]!r} is missing {where}.{hint}") from error
     except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
-        raise CheckpointError(f"{failed}: config.json or the shapes are not as expected ({error}).") from error
+        raise CheckpointError(f"{failed}: config.json or the shapes are not as expected ({error}).{hint}") from error
 
 
-def _family(published: Published, name: str | None) -> Family:
-    """The family that is named, unless the checkpoint is another's, or the one that is found."""
+def _family(published: Published, name: str | None) -> tuple[Family, str]:
+    """The family that is named or found; and, if the one that is named is not what it looks like, a hint of that."""
     if name is None:
         try:
-            return families.detect(published)
+            return families.detect(published), ""
         except CheckpointError as error:
             raise CheckpointError(f"{error}{_nearest(published)}") from None
     named = families.get(name)
     fitting = [family for family in families.families().values() if family.matches(published)]
-    if fitting and named not in fitting:
-        raise CheckpointError(
-            f"The checkpoint is not {_title(named)}: it looks like {' or '.join(_title(family) for family in fitting)}."
-        )
-    return named
+    if not fitting or named in fitting:
+        return named, ""
+    return named, f" It looks like {' or '.join(_title(family) for family in fitting)}."
 
 
 def _nearest(published: Published) -> str:
