@@ -18,6 +18,8 @@ WIDEST = 128
 # Warp-group matrix instructions fail on blocks of 32 columns.
 NARROWEST = 64
 WARPS, STAGES = 4, 3
+# Bytes of shared memory that the tiles of all stages of a pipeline may take.
+PIPELINE = 100 * 1024
 DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -142,7 +144,14 @@ class Walk(NamedTuple):
         arguments = [spare if tensor is None else tensor for tensor in given]
         arguments += [plan.segments]
         grid = (plan.segments.shape[0], heads, -(-self.z.shape[3] // constants["BZ"]))
-        launch(walk_kernel, grid, (*arguments, self.eps, heads, heads // self.x.shape[2]), constants, WARPS, STAGES)
+        launch(
+            walk_kernel,
+            grid,
+            (*arguments, self.eps, heads, heads // self.x.shape[2]),
+            constants,
+            WARPS,
+            constants["STAGES"],
+        )
 
 
 @functools.cache
@@ -153,7 +162,9 @@ def _constants(dtype: torch.dtype, width: int, values: int, chunk: int, *switche
     )  # fmt: skip
     named = dict(zip(names, switches, strict=True))
     columns = padded(values) if named["JACOBIAN"] else NARROWEST
-    sizes = {"X": width, "Z": values, "BT": chunk, "BX": padded(width), "BZ": columns, "STAGES": STAGES}
+    sizes = {"X": width, "Z": values, "BT": chunk, "BX": padded(width), "BZ": columns}
+    rows_read = (2 if named["STORE_OUT"] else 1) * sizes["BX"] + (2 if named["JACOBIAN"] else 1) * columns
+    sizes["STAGES"] = stages(STAGES, chunk * rows_read, dtype)
     return Constants(sizes | named | arithmetic(dtype))
 
 
@@ -169,6 +180,11 @@ def arithmetic(dtype: torch.dtype) -> dict[str, Any]:
         "FAST": 0 if exact else 1 if INTERPRETED else 2, "DOT": tl.float32 if INTERPRETED else DOT[dtype],
         "PRECISION": "tf32x3" if exact else "tf32",
     }  # fmt: skip
+
+
+def stages(most: int, numbers: int, dtype: torch.dtype) -> int:
+    """Stages of a pipeline that reads so many numbers at each step."""
+    return max(1, min(most, PIPELINE // (numbers * dtype.itemsize)))
 
 
 def padded(width: int) -> int:

@@ -16,8 +16,9 @@ from farspan.ops.gated_linear.triton import gated_linear_attention_triton
 from farspan.ops.ssd.kernels import output_kernel, shared_gradient_kernel, value_gradient_kernel
 from farspan.ops.ssd.reference import step_size, through
 
-# Warps and stages of the kernels for outputs, for what the heads of a group share, and for values.
-OUTPUT, SHARED, VALUE = (4, 3), (4, 2), (4, 1)
+# Most stages of the kernels for outputs, for what the heads of a group share, and for values.
+OUTPUT, SHARED, VALUE = 3, 2, 1
+WARPS = 4
 
 
 def state_space_duality_triton(
@@ -199,17 +200,21 @@ def _rehearse(
 
 
 def _launch(
-    kernel: Any, plan: Plan, q: Tensor, v: Tensor, arguments: tuple[Any, ...], tile: tuple[int, int], **switch: bool
+    kernel: Any, plan: Plan, q: Tensor, v: Tensor, arguments: tuple[Any, ...], most: int, **switch: bool
 ) -> None:
     """One program per chunk and group."""
     heads, groups = v.shape[2], q.shape[2]
-    constants = _constants(q.dtype, q.shape[3], v.shape[3], rows.CHUNK, *switch.items(), ("STAGES", tile[1]))
-    launch(kernel, (plan.chunks.shape[0], groups), (*arguments, heads, heads // groups), constants, *tile)
+    constants = _constants(q.dtype, q.shape[3], v.shape[3], rows.CHUNK, most, *switch.items())
+    sizes = heads, heads // groups
+    launch(kernel, (plan.chunks.shape[0], groups), (*arguments, *sizes), constants, WARPS, constants["STAGES"])
 
 
 @functools.cache
-def _constants(dtype: torch.dtype, width: int, values: int, chunk: int, *switches: tuple[str, int]) -> Constants:
+def _constants(
+    dtype: torch.dtype, width: int, values: int, chunk: int, most: int, *switches: tuple[str, int]
+) -> Constants:
     shape = {"K": width, "V": values, "BT": chunk, "BK": rows.padded(width), "BV": rows.padded(values)}
+    shape["STAGES"] = rows.stages(most, (2 * chunk + shape["BK"]) * shape["BV"], dtype)
     return Constants(shape | dict(switches) | rows.arithmetic(dtype))
 
 
