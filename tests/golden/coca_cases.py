@@ -110,7 +110,7 @@ def _language_model(case: Case, family: str) -> None:
 
 
 def _published_padding(
-    mixer: CollinearMixer, mask: Tensor, x: Tensor, *, layout: SequenceLayout, cache: None
+    mask: Tensor, mixer: CollinearMixer, x: Tensor, *, layout: SequenceLayout, cache: None
 ) -> Tensor:
     """The published attention with padding: the lowest number added for the future and again for padded keys."""
     cos, sin = layout.rotary(mixer.rotary_dim, mixer.rope_parameters, mixer.max_position_embeddings)

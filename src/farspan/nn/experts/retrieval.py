@@ -32,6 +32,8 @@ class RetrievalOptions:
         key_init_std: standard deviation of the keys of `query_key` at initialisation; None is `initializer_range`.
         hidden_act: activation; None takes the model's `hidden_act`.
         router_aux_loss_coef: factor of this layer's load-balancing loss in training; 0 leaves it out.
+        unreachable_experts: rows behind the others in the tables of experts that no pair of keys reaches. Released
+            configurations have them (16348 experts are 127² and 219 more); they are kept for the way back.
     """
 
     num_experts: int = 16384
@@ -43,6 +45,7 @@ class RetrievalOptions:
     key_init_std: float | None = None
     hidden_act: str | None = None
     router_aux_loss_coef: float = 0.001
+    unreachable_experts: int = 0
 
     def __post_init__(self) -> None:
         keys = math.isqrt(max(self.num_experts, 0))
@@ -70,6 +73,8 @@ class RetrievalOptions:
             raise ConfigError(
                 f"retrieval_size={self.retrieval_size} must be even and positive: half of it serves each axis of keys."
             )
+        if self.unreachable_experts < 0:
+            raise ConfigError(f"unreachable_experts={self.unreachable_experts} must not be negative.")
         if self.key_init_std is not None and self.key_init_std < 0:
             raise ConfigError(f"key_init_std={self.key_init_std} must not be negative; 0 is the released zeros.")
         if self.hidden_act is not None:
@@ -130,8 +135,9 @@ class RetrievedExperts(nn.Module):
             if size % 2:
                 raise ConfigError(f"retrieval_size=null takes hidden_size={width}, which must be even; set it.")
             self.router = QueryKeyRouter(width, keys, options.num_expert_heads, size, key_std)
-        self.down = nn.Parameter(torch.empty(sets * options.num_experts, width))
-        self.up = nn.Parameter(torch.empty(sets * options.num_experts, width))
+        rows = sets * options.num_experts + options.unreachable_experts
+        self.down = nn.Parameter(torch.empty(rows, width))
+        self.up = nn.Parameter(torch.empty(rows, width))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
