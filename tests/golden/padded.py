@@ -10,7 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from farspan.mixers import SequenceLayout
 from farspan.mixers.base import Mixer
+from farspan.mixers.dynamic_mask import DynamicMaskMixer
 from farspan.models.convert.names import AnyEntry
 from farspan.models.modeling import FarspanPreTrainedModel
 from tests.golden.case import Case
@@ -50,15 +52,28 @@ def check_padded_loss(
     case.close_gradients(ours[1], theirs[1])
 
 
-def all_alike(mixer: Mixer, mask: Tensor) -> Forward:
-    """A softmax mixer whose padded rows weigh every key of the row alike, padding and future included."""
+def all_alike(mixer: DynamicMaskMixer, mask: Tensor, added: bool = False) -> Forward:
+    """Dynamic mask attention whose padded rows weigh every key alike, padding and future included.
+
+    Their scores are the lowest number, which rounds away what is added to it but not its gradient.
+
+    Args:
+        mixer: of the layer.
+        mask: `[B, T]`, 1 for real tokens.
+        added: whether the bias is added to the lowest number (the seed's Doge); elsewhere that takes its place.
+    """
     forward = mixer.forward
 
-    def published(x: Tensor, **arguments: object) -> Tensor:
-        out = forward(x, **arguments)
-        values = mixer.v_proj(x).unflatten(-1, (-1, mixer.head_dim)).mean(1, keepdim=True)
-        values = values.repeat_interleave(mixer.heads // values.shape[2], dim=2)
-        return torch.where(mask.bool().unsqueeze(-1), out, mixer.o_proj(values.flatten(2)))
+    def published(x: Tensor, *, layout: SequenceLayout, cache: None) -> Tensor:
+        q, k, v = mixer.project(x, layout)
+        keys, values = (z.repeat_interleave(mixer.heads // mixer.key_heads, dim=2) for z in (k, v))
+        scores = torch.einsum("bthk,bshk->bhts", q, keys) * mixer.head_dim**-0.5
+        if added:
+            bias = mixer.key_bias(v).repeat_interleave(mixer.heads // mixer.bias_heads, dim=2)
+            scores = scores + bias.transpose(1, 2).unsqueeze(2)
+        weights = (scores + torch.finfo(x.dtype).min).softmax(-1)
+        alike = mixer.o_proj(torch.einsum("bhts,bshv->bthv", weights, values).flatten(2))
+        return torch.where(mask.bool().unsqueeze(-1), forward(x, layout=layout, cache=cache), alike)
 
     return published
 

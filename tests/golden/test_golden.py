@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.golden import (
+    cheems_cases,
     coca_cases,
     cottention_cases,
     dmattn_cases,
@@ -24,6 +25,7 @@ from tests.golden import (
 from tests.golden.case import Case
 
 RUNNERS: dict[str, Callable[[Case], None]] = {
+    "cheems.lm": cheems_cases.language_model,
     "coca.llama.attention": coca_cases.llama_attention,
     "coca.llama.decode": coca_cases.llama_decode,
     "coca.llama.lm": coca_cases.llama_lm,
@@ -68,7 +70,6 @@ RUNNERS: dict[str, Callable[[Case], None]] = {
 
 PENDING = frozenset(
     [
-        "cheems.lm",
         "doge.hf.lm",
         "doge.sd1.lm",
         "doge.seed.lm",

@@ -149,7 +149,7 @@ def write_cheems_config(config: FarspanConfig) -> dict[str, Any]:
     offset = attention[0] if attention else period
     if [i for i in range(len(config.mixers)) if i % period == offset] != attention:
         raise CheckpointError(
-            f"Cheems has attention in every n-th layer; layers {attention} of {len(config.mixers)} are not evenly apart."
+            f"Cheems has attention in every n-th layer; layers {attention} of {len(config.mixers)} are unevenly apart."
         )
     head = (config.architectures or ["FarspanForCausalLM"])[0]
     rope = dict(config.rope_parameters)
