@@ -92,6 +92,39 @@ def _neox(mixer: str, **fields: Any) -> FarspanConfig:
     return FarspanConfig(**{**sizes, **block, **fields})
 
 
+def _cheems(**fields: Any) -> FarspanConfig:
+    attention = {"bias_heads": "query", "qk_norm": False, "select": "none", "bias_init": 1.0}
+    sizes = {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "num_hidden_layers": 4}
+    block = {
+        "mixers": ["ssd", "dynamic_mask"],
+        "mixer_options": {
+            "dynamic_mask": {**attention, "attention_bias": False},
+            "ssd": {"log_decay": False, "skip": False, "bias": False, "dt_bias": False, "padding_writes": True},
+        },
+        "residual_scaling": "per_channel",
+        "architectures": ["FarspanForCausalLM"],
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    return FarspanConfig(**{**sizes, **block, **fields})
+
+
+_SEED_EXPERTS: dict[str, Any] = {
+    "feed_forwards": ["cdmoe"],
+    "feed_forward_options": {
+        "cdmoe": {
+            "num_experts": 16,
+            "unreachable_experts": 4,
+            "num_experts_per_tok": 3,
+            "num_expert_heads": 2,
+            "router": "query_key",
+            "retrieval_size": 8,
+            "router_aux_loss_coef": 0.0,
+            "bias": False,
+        }
+    },
+}
 _CLASSIFIER: dict[str, Any] = {"architectures": ["FarspanForSequenceClassification"], "num_labels": 3}
 
 TINY: dict[str, Callable[[], FarspanConfig]] = {
@@ -129,6 +162,8 @@ TINY: dict[str, Callable[[], FarspanConfig]] = {
     "coca-llama": lambda: _llama(["collinear"], rope_parameters={"rope_type": "dynamic", "factor": 4.0}),
     "coca-llama/classifier": lambda: _llama(["collinear"], **_CLASSIFIER),
     "coca-neox": lambda: _neox("collinear"),
+    "cheems": lambda: _cheems(tie_word_embeddings=True),
+    "cheems/experts": lambda: _cheems(**_SEED_EXPERTS),
     "longnet-decoder": lambda: _longnet(),
     "longnet-decoder/deepnorm": lambda: _longnet(
         **longnet_block([8, 16], [1, 3], norm_place="pre", sub_norm=False, norm_eps=1e-6),
