@@ -1,6 +1,7 @@
 """Checkpoints that are damaged, of another kind, or not to be trusted: one clear message, and nothing is written."""
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from farspan.errors import CheckpointError
 from farspan.models.convert import convert, writer
-from tests.models.tiny_families import published_checkpoint, save_published
+from tests.models.tiny_families import TINY, published_checkpoint, save_published
 
 INDEX = "model.safetensors.index.json"
 
@@ -255,6 +256,45 @@ def test_mistakes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert CASES[name].message in message
     assert "\n" not in message and len(message) < 700 + len(str(tmp_path))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_no_tensor_may_be_missing(name: str, tmp_path: Path) -> None:
+    """Unless it repeats or follows from others, or its absence tells of another configuration, such as a tied head."""
+    _, config, state = published_checkpoint(name)
+    source = save_published(tmp_path / "source", config, state)
+    whole = convert(source, dry_run=True)
+    refused = 0
+    for missing in state:
+        save_published(source, config, {key: x for key, x in state.items() if key != missing})
+        try:
+            done = convert(source, dry_run=True)
+        except CheckpointError as error:
+            refused += 1
+            assert "\n" not in str(error)
+        else:
+            assert missing in (*whole.copies, *whole.derived) or done.config != whole.config
+    assert refused > 0.9 * len(whole.rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_settings_of_any_value_are_understood_or_refused(name: str, tmp_path: Path) -> None:
+    """Anything but a `CheckpointError` fails here."""
+    _, config, state = published_checkpoint(name)
+    source = save_published(tmp_path / "source", config, state)
+    refused = 0
+    for field, value in itertools.product(config, (..., None, "x", -1, 0, 1e9, True, [], {})):
+        changed = config | {field: value}
+        if value is ...:
+            del changed[field]
+        (source / "config.json").write_text(json.dumps(changed))
+        try:
+            convert(source, dry_run=True)
+        except CheckpointError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused
 
 
 def test_what_the_configuration_alone_can_tell_is_asked_for(tmp_path: Path) -> None:

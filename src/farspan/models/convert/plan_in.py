@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import farspan
 from farspan.errors import CheckpointError, FarspanError
@@ -50,8 +51,8 @@ def plan_in(source: Source, family: str | None = None) -> Plan:
     asked = _Asked(source.config)
     published = Published(asked, {name: x.shape for name, x in found.items()})
     kind, hint = _family(Published(source.config, published.shapes), family)
-    config = _read_config(kind, published, source, hint)
-    entries, what = kind.entries(config), _title(kind)
+    config, entries, held = _model(kind, published, source, hint)
+    what = _title(kind)
     ignored = [name for name in stored if kind.ignores(name)]
     check_names(
         set(stored) - set(ignored),
@@ -60,7 +61,6 @@ def plan_in(source: Source, family: str | None = None) -> Plan:
         what,
         hint,
     )
-    _, held = skeleton(config)
     check_map(held, entries, what)
     present = [entry for entry in entries if entry.published in stored]
     shapes = {entry.published: entry.write(held).shape for entry in present if not isinstance(entry, Constant)}
@@ -109,11 +109,14 @@ def plan_in(source: Source, family: str | None = None) -> Plan:
     )
 
 
-def _read_config(family: Family, published: Published, source: Source, hint: str) -> FarspanConfig:
-    """Farspan's configuration of a published one; a clear message in place of whatever another form leads to."""
+def _model(
+    family: Family, published: Published, source: Source, hint: str
+) -> tuple[FarspanConfig, list[AnyEntry], dict[str, Tensor]]:
+    """Farspan's configuration, the map, and the tensors of the model; a clear message where there are none."""
     failed = f"{source.path} cannot be read as {_title(family)}"
     try:
-        return family.read_config(published)
+        config = family.read_config(published)
+        return config, family.entries(config), skeleton(config)[1]
     except FarspanError as error:
         raise CheckpointError(f"{failed}: {error}{hint}") from error
     except KeyError as error:
@@ -142,11 +145,12 @@ def _family(published: Published, name: str | None) -> tuple[Family, str]:
 def _nearest(published: Published) -> str:
     """Of a checkpoint that no family takes for its own, which it resembles most, and what is wrong with it then."""
     best: tuple[float, str] = (0.5, "")
+    guessed = Published(published.config, _Guessed(published.shapes))
     for family in families.families().values():
         try:
             if family.matches(published):
                 return ""
-            config = family.read_config(published)
+            config = family.read_config(guessed)
             known = {entry.published: bool(entry.our_names()) for entry in family.entries(config)}
         except Exception:
             continue
@@ -217,6 +221,13 @@ def _mixed(source: Source, steps: list[Any]) -> Iterator[str]:
             f"The parameters are of several types ({', '.join(kinds)}), which are kept; from_pretrained makes them "
             "one: the dtype that it is given, or that of most of them."
         )
+
+
+class _Guessed(dict[str, tuple[int, ...]]):
+    """Shapes in which a matrix that is missing has some shape, for names are all that is asked for."""
+
+    def __missing__(self, name: str) -> tuple[int, ...]:
+        return (1, 1)
 
 
 class _Asked(Mapping[str, Any]):
