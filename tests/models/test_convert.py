@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,12 @@ def test_every_family_both_ways(case: str, tmp_path: Path) -> None:
 
 def test_every_family_is_in_the_table() -> None:
     assert {family_of(case).name for case in TINY} == set(families.families())
+
+
+def test_the_page_has_every_family() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "converting.md"
+    rows = page.read_text(encoding="utf-8").split("## Families")[1].split("## Traps")[0]
+    assert set(re.findall(r"^\| `(\w[\w-]*)` \|", rows, re.M)) == set(families.families())
 
 
 def test_a_language_model_says_the_same_after_conversion(tmp_path: Path) -> None:
