@@ -114,12 +114,11 @@ def cosine_attention(
     _check_past(causal, exponent, initial_state, initial_count, output_final_state, sequences)
     implementation = resolve("cosine_attention", backend, (q, k, v, exponent, initial_state))
     with without_autocast(q):
-        log_count = power = None
+        log_count = None
         if exponent is not None:
             dtype = compute_dtype(q, k, v, exponent, initial_state)
             log_count = log_counts(q, causal, padding_mask, initial_count, cu_seqlens, dtype)
-            power = torch.sigmoid(exponent.to(dtype))
-        call = Call(log_count, power, norm_position == "query", padding_mask, causal, eps, cu_seqlens)
+        call = Call(log_count, exponent, norm_position == "query", padding_mask, causal, eps, cu_seqlens)
         out, state = implementation(q, k, v, initial_state, call)
     return out, state if output_final_state else None
 

@@ -17,7 +17,7 @@ class Call(NamedTuple):
 
     Attributes:
         log_count: logarithm of the tokens counted at each place, `[B, T]`; None without an exponent.
-        power: the exponent after its sigmoid, `[H]`, or None.
+        exponent: before the sigmoid, `[H]`, or None.
         by_query: whether the factor of the length belongs to the queries, rather than to the keys.
         padding_mask: `[B, T]`, True or 1 = token, or None.
         causal: whether a token sees only its past.
@@ -26,7 +26,7 @@ class Call(NamedTuple):
     """
 
     log_count: Tensor | None
-    power: Tensor | None
+    exponent: Tensor | None
     by_query: bool
     padding_mask: Tensor | None
     causal: bool
@@ -36,9 +36,9 @@ class Call(NamedTuple):
     def factors(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """Weights of each token as a query and as a key, broadcastable to `[B, T, H]`; 0 at padding; None for 1."""
         real = None if self.padding_mask is None else (self.padding_mask != 0).to(dtype).unsqueeze(-1)
-        if self.log_count is None or self.power is None:
+        if self.log_count is None or self.exponent is None:
             return real, real
-        factor = _power(self.log_count, self.power)
+        factor = _power(self.log_count, self.exponent)
         if real is not None:
             factor = factor * real
         return (factor, real) if self.by_query else (real, factor)
@@ -85,11 +85,11 @@ def length_factor(count: Tensor, exponent: Tensor, dtype: torch.dtype) -> Tensor
     Returns:
         `[B, T, H]` in `dtype`.
     """
-    return _power(count.clamp(min=1).to(dtype).log(), torch.sigmoid(exponent.to(dtype)))
+    return _power(count.clamp(min=1).to(dtype).log(), exponent)
 
 
-def _power(log_count: Tensor, power: Tensor) -> Tensor:
-    return torch.exp(-power * log_count.unsqueeze(-1))
+def _power(log_count: Tensor, exponent: Tensor) -> Tensor:
+    return torch.exp(-torch.sigmoid(exponent.to(log_count.dtype)) * log_count.unsqueeze(-1))
 
 
 def log_counts(

@@ -36,7 +36,7 @@ def cosine_attention_triton(
     if call.padding_mask is not None:  # a vector of zeros has no direction
         padding = (call.padding_mask == 0)[..., None, None]
         q, k = q.masked_fill(padding, 0.0), k.masked_fill(padding, 0.0)
-    tensors = (None if x is None else x.contiguous() for x in (q, k, v, call.log_count, call.power, initial_state))
+    tensors = (None if x is None else x.contiguous() for x in (q, k, v, call.log_count, call.exponent, initial_state))
     out, final = _Attention.apply(*tensors, call.cu_seqlens, call.by_query, float(call.eps))
     return out, final
 
@@ -54,10 +54,20 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @plain_backward
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        dq, dk, dv, d_power, d_initial = cosine_gradient_node(*gradients, *ctx.saved_tensors, *ctx.form)
-        power, initial = ctx.saved_tensors[4:6]
+        dq, dk, dv, d_exponent, d_initial = cosine_gradient_node(*gradients, *ctx.saved_tensors, *ctx.form)
+        exponent, initial = ctx.saved_tensors[4:6]
         d_initial = None if initial is None else d_initial.to(initial.dtype)
-        return dq, dk, dv, None, None if power is None else d_power, d_initial, None, None, None
+        return (
+            dq,
+            dk,
+            dv,
+            None,
+            None if exponent is None else d_exponent.to(exponent.dtype),
+            d_initial,
+            None,
+            None,
+            None,
+        )
 
 
 def _forward(
@@ -65,21 +75,21 @@ def _forward(
     k: Tensor,
     v: Tensor,
     log_count: Tensor | None,
-    power: Tensor | None,
+    exponent: Tensor | None,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     by_query: bool,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    results = _results(q, k, v, log_count, power, initial, cu_seqlens, by_query, eps)
+    results = _results(q, k, v, log_count, exponent, initial, cu_seqlens, by_query, eps)
     if v.numel() == 0:
         results[1].zero_() if initial is None else results[1].copy_(initial)
         return results
     with torch.cuda.device_of(q):
-        kinds = (x is not None and x.dtype for x in (q, k, v, log_count, power, initial))
+        kinds = (x is not None and x.dtype for x in (q, k, v, log_count, exponent, initial))
         key = ("cosine", q.device, q.shape[3], v.shape[3], by_query, *kinds)
-        compile_ahead(key, lambda: _rehearse(q, k, v, log_count, power, initial, by_query, eps))
-        _run(_plan(q, v, cu_seqlens), q, k, v, log_count, power, initial, by_query, eps, results)
+        compile_ahead(key, lambda: _rehearse(q, k, v, log_count, exponent, initial, by_query, eps))
+        _run(_plan(q, v, cu_seqlens), q, k, v, log_count, exponent, initial, by_query, eps, results)
     return results
 
 
@@ -89,14 +99,14 @@ def _run(
     k: Tensor,
     v: Tensor,
     log_count: Tensor | None,
-    power: Tensor | None,
+    exponent: Tensor | None,
     initial: Tensor | None,
     by_query: bool,
     eps: float,
     results: tuple[Tensor, ...],
 ) -> None:
     out, final, *scales = results
-    walk = Walk(q, k, v, None, None, _factor(power, by_query), log_count, power, eps=eps, unit=True)
+    walk = Walk(q, k, v, None, None, _factor(exponent, by_query), log_count, exponent, eps=eps, unit=True)
     start = walk.between(plan, initial, final)
     walk.run(plan, out, start, final, scales=(scales[0], scales[1]))
 
@@ -106,7 +116,7 @@ def _results(
     k: Tensor,
     v: Tensor,
     log_count: Tensor | None,
-    power: Tensor | None,
+    exponent: Tensor | None,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     by_query: bool,
@@ -125,7 +135,7 @@ def _backward(
     k: Tensor,
     v: Tensor,
     log_count: Tensor | None,
-    power: Tensor | None,
+    exponent: Tensor | None,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     q_scale: Tensor,
@@ -133,7 +143,7 @@ def _backward(
     by_query: bool,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    saved = q, k, v, log_count, power, initial
+    saved = q, k, v, log_count, exponent, initial
     results = _gradients(d_out, d_final, *saved, cu_seqlens, q_scale, k_scale, by_query, eps)
     if v.numel() == 0:
         for gradient in results:
@@ -156,7 +166,7 @@ def _run_backward(
     k: Tensor,
     v: Tensor,
     log_count: Tensor | None,
-    power: Tensor | None,
+    exponent: Tensor | None,
     initial: Tensor | None,
     q_scale: Tensor,
     k_scale: Tensor,
@@ -164,11 +174,11 @@ def _run_backward(
     eps: float,
     results: tuple[Tensor, ...],
 ) -> None:
-    dq, dk, dv, d_power, d_initial = results
+    dq, dk, dv, d_exponent, d_initial = results
     # Where the factor stands in the walks of o and dq, whose results are at queries, and of dk and dv, at keys.
-    factor = _factor(power, by_query)
+    factor = _factor(exponent, by_query)
     mirrored = 3 - factor if factor else 0
-    shared: dict[str, Any] = {"log_count": log_count, "power": power, "eps": eps}
+    shared: dict[str, Any] = {"log_count": log_count, "exponent": exponent, "eps": eps}
     parts = torch.empty((plan.segments.shape[0], q.shape[2]), dtype=torch.float32, device=q.device)
     start = Walk(q, k, v, b=k_scale, factor=0 if by_query else factor, **shared).between(plan, initial, None)
     walk = Walk(d_out, v, k, b=k_scale, factor=factor, own=q, own_scale=q_scale, **shared)
@@ -178,8 +188,8 @@ def _run_backward(
     walk.run(plan, dv, end, d_initial, reverse=True)
     walk = Walk(v, d_out, q, b=q_scale, factor=mirrored, own=k, own_scale=k_scale, **shared)
     walk.run(plan, dk, end, turned=True, reverse=True, parts=parts)
-    if power is not None:
-        torch.sum(parts, 0, out=d_power)
+    if exponent is not None:
+        torch.sum(parts, 0, out=d_exponent)
 
 
 def _gradients(
@@ -189,7 +199,7 @@ def _gradients(
     k: Tensor,
     v: Tensor,
     log_count: Tensor | None,
-    power: Tensor | None,
+    exponent: Tensor | None,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
     q_scale: Tensor,
@@ -197,9 +207,9 @@ def _gradients(
     by_query: bool,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    _, d_initial, _, _ = _results(q, k, v, log_count, power, initial, cu_seqlens, by_query, eps)
-    d_power = q.new_empty(0 if power is None else q.shape[2], dtype=torch.float32)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_power, d_initial
+    _, d_initial, _, _ = _results(q, k, v, log_count, exponent, initial, cu_seqlens, by_query, eps)
+    d_exponent = q.new_empty(0 if exponent is None else q.shape[2], dtype=torch.float32)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_exponent, d_initial
 
 
 def _rehearse(
@@ -207,7 +217,7 @@ def _rehearse(
     k: Tensor,
     v: Tensor,
     log_count: Tensor | None,
-    power: Tensor | None,
+    exponent: Tensor | None,
     initial: Tensor | None,
     by_query: bool,
     eps: float,
@@ -221,7 +231,7 @@ def _rehearse(
     q, k, v = short(q), short(k), short(v)
     log_count = None if log_count is None else short(log_count)
     start = None if initial is None else initial.new_empty(1, *initial.shape[1:])
-    saved: tuple[Any, ...] = (q, k, v, log_count, power, start)
+    saved: tuple[Any, ...] = (q, k, v, log_count, exponent, start)
     for segment in (length, rows.CHUNK):
         plan = cut([(0, length)], segment, rows.CHUNK, q.device)
         forward: tuple[Any, ...] = (*saved, None, by_query, eps)
@@ -234,15 +244,15 @@ def _rehearse(
         _run_backward(*backward)
 
 
-def _factor(power: Tensor | None, by_query: bool) -> int:
-    return 0 if power is None else 1 if by_query else 2
+def _factor(exponent: Tensor | None, by_query: bool) -> int:
+    return 0 if exponent is None else 1 if by_query else 2
 
 
 def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
     return plan_chunks(q, cu_seqlens, rows.CHUNK, q.shape[2] * -(-v.shape[3] // rows.NARROWEST))
 
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_count, Tensor? power, Tensor? initial, Tensor? cu_seqlens"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_count, Tensor? exponent, Tensor? initial, Tensor? cu_seqlens"
 _FORM = "bool by_query, float eps"
 cosine_node = register_node(
     f"cosine_kernels({_INPUTS}, {_FORM}) -> (Tensor out, Tensor final, Tensor q_scale, Tensor k_scale)",
@@ -251,7 +261,7 @@ cosine_node = register_node(
 )
 cosine_gradient_node = register_node(
     f"cosine_kernels_gradient(Tensor? d_out, Tensor? d_final, {_INPUTS}, Tensor q_scale, Tensor k_scale, {_FORM}) -> "
-    "(Tensor dq, Tensor dk, Tensor dv, Tensor d_power, Tensor d_initial)",
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor d_exponent, Tensor d_initial)",
     _backward,
     _gradients,
 )

@@ -141,7 +141,8 @@ def run_backward(
         )  # fmt: skip
     if weight is not None:
         # One number per chunk and channel, summed as a product with ones, which is faster than `sum` here.
-        d_weight.copy_((parts.new_ones(chunks) @ parts.flatten(1)).view_as(weight))
+        total = parts.new_ones(chunks) @ parts.flatten(1)
+        d_weight.copy_(total.view_as(weight))
 
 
 def _states(

@@ -32,9 +32,9 @@ class Walk(NamedTuple):
         z: values, `[B, T, H, Z]`.
         a: row scale of the result, `[B, T, H]` float32, or None.
         b: row scale of the values, likewise.
-        factor: 1 multiplies a by `exp(-power log_count)`, 2 b, 0 neither.
+        factor: 1 multiplies a by `exp(-sigmoid(exponent) log_count)`, 2 b, 0 neither.
         log_count: `[B, T]` float32, or None.
-        power: `[H]` float32, or None.
+        exponent: `[H]`, or None.
         log_decay: `[B, T, H]` or None.
         skip: `[H]` or None: what of z itself is added to the result.
         own: `[B, T, H, Z]` or None: the result is the gradient of its direction, and is turned into its own.
@@ -50,7 +50,7 @@ class Walk(NamedTuple):
     b: Tensor | None = None
     factor: int = 0
     log_count: Tensor | None = None
-    power: Tensor | None = None
+    exponent: Tensor | None = None
     log_decay: Tensor | None = None
     skip: Tensor | None = None
     own: Tensor | None = None
@@ -109,7 +109,7 @@ class Walk(NamedTuple):
             turned: whether `start` comes from a walk with x and z in each other's place.
             reverse: whether to walk from the end.
             states: receives the state in front of each chunk, `[chunks, H, X, Z]`, or None.
-            parts: receives the parts of the power's gradient, `[segments, H]` float32.
+            parts: receives the parts of the exponent's gradient, `[segments, H]` float32.
             scales: receive the inverse norms of x and y.
         """
         end = end if plan.whole else None
@@ -138,7 +138,7 @@ class Walk(NamedTuple):
         )  # fmt: skip
         spare, heads = self.z, self.z.shape[2]
         given = [
-            self.x, self.y, self.z, self.a, self.b, self.log_count, self.power, self.log_decay,
+            self.x, self.y, self.z, self.a, self.b, self.log_count, self.exponent, self.log_decay,
             self.skip, self.own, self.own_scale, start, end, lost, states, out, parts, *(scales or (None, None)),
         ]  # fmt: skip
         arguments = [spare if tensor is None else tensor for tensor in given]

@@ -26,7 +26,7 @@ def _inverse_norm(b_x, eps):
 
 @triton.jit(do_not_specialize=(*INTEGERS, "R"))
 def walk_kernel(
-    x, y, z, a, b, log_count, power, log_decay, skip, own, own_scale, start, end, lost, states, out, parts, x_scale,
+    x, y, z, a, b, log_count, exponent, log_decay, skip, own, own_scale, start, end, lost, states, out, parts, x_scale,
     y_scale, segments, eps, H, R,
     X: tl.constexpr, Z: tl.constexpr, BT: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
     DECAY: tl.constexpr, UNIT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, FACTOR: tl.constexpr,
@@ -39,7 +39,8 @@ def walk_kernel(
 
     `UNIT` takes x and y as directions, and stores the inverse norms. `JACOBIAN` takes the result as the gradient of a
     direction, and gives that of `own`, the vector itself. `FACTOR` multiplies a (1) or b (2) by
-    `e^(-power log_count)`; where it is a, the Jacobian gives each segment's part of the power's gradient. `TURNED`
+    `e^(-sigmoid(exponent) log_count)`; where it is a, the Jacobian gives each segment's part of the exponent's
+    gradient. `TURNED`
     reads the state where the segment starts as its transpose.
     """
     i_s, i_h, i_z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -66,7 +67,7 @@ def walk_kernel(
         sees = o_t[:, None] >= o_t[None, :]
     b_lost, b_part, b_power = 0.0, 0.0, 0.0
     if FACTOR != 0:
-        b_power = tl.load(power + i_h)
+        b_power = tl.sigmoid(tl.load(exponent + i_h).to(tl.float32))
     for i in tl.range(0, count, num_stages=STAGES):
         i_c = count - 1 - i if REVERSE else i
         t = first + i_c * BT
@@ -136,7 +137,7 @@ def walk_kernel(
             b_s *= exp(b_all, FAST)
         b_s = tl.dot(tl.trans(b_y).to(DOT), b_zb.to(DOT), b_s, input_precision=PRECISION)
     if JACOBIAN and FACTOR == 1:
-        tl.store(parts + i_s * H + i_h, b_part)
+        tl.store(parts + i_s * H + i_h, b_part * (b_power - b_power * b_power))
     if STORE_END:
         tl.store(end + place_s + o_s, b_s, mask=m_s)
     if STORE_LOST:

@@ -8,7 +8,7 @@ the values x, L_ts = e^(G_t - G_s) for s <= t, S the state entering the chunk an
     dc_t = sum_s L_ts (dy_t . x_s) w_s b_s + e^(G_t) dy_t S^T
     db_s = w_s (sum_t L_ts (x_s . dy_t) c_t + e^(G_last - G_s) x_s dS^T)
     dx_s = w_s dx'_s + d dy_s,    dx'_s = sum_t L_ts (b_s . c_t) dy_t + e^(G_last - G_s) b_s dS,    dw_s = x_s . dx'_s
-    dg_t = sum_{s >= t} ((y_s - d x_s) . dy_s - w_s dw_s) + <S_next, dS>
+    dg_t = sum_{s >= t} (c_s . dc_s - b_s . db_s) + <S_next, dS>    (c . dc and b . db of the head alone)
 
 dc and db are one kernel, which `LATER` turns round. Conventions and names are those of `gated_linear.kernels`.
 """
@@ -107,7 +107,7 @@ def shared_gradient_kernel(
 
 @triton.jit(do_not_specialize=(*INTEGERS, "R"))
 def value_gradient_kernel(
-    q, k, v, w, log_decay, skip, out, d_out, states, d_states, dv, dw, d_decay, d_skip, chunks, H, R,
+    q, k, v, w, log_decay, skip, d_out, states, d_states, dv, dw, d_decay, d_skip, chunks, H, R,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_SKIP: tl.constexpr,
     STAGES: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -133,20 +133,25 @@ def value_gradient_kernel(
         b_w = tl.load(w + row + o_t * H, mask=m_t, other=0.0)
         b_total, b_all = _decays(log_decay, row, o_t, m_t, H)
         b_kept = exp(b_all, FAST) * tl.sum(tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=1), axis=0)
+        b_read = tl.dot(b_q, b_s.to(DOT), input_precision=PRECISION) * exp(b_total, FAST)[:, None]
+        b_asked = tl.sum(b_read * b_do.to(tl.float32), axis=1)
         b_dv = tl.dot(b_k, b_ds.to(DOT), input_precision=PRECISION) * exp(b_all - b_total, FAST)[:, None]
-        b_v = tl.load(v + o_y, mask=m_y, other=0.0).to(tl.float32)
-        b_kept += tl.sum(b_w * tl.sum(b_dv * b_v, axis=1), axis=0)
-        b_at = (b_kq * _between(b_total, o_t, True, FAST)).to(DOT)
-        b_dv = tl.dot(b_at, b_do.to(DOT), b_dv, input_precision=PRECISION)
-        b_dw = tl.sum(b_dv * b_v, axis=1)
-        tl.store(dw + row + o_t * H, b_dw, mask=m_t)
-        b_y, b_do = tl.load(out + o_y, mask=m_y, other=0.0).to(tl.float32), b_do.to(tl.float32)
+        b_v = tl.load(v + o_y, mask=m_y, other=0.0)
+        b_written = b_w * tl.sum(b_dv * b_v.to(tl.float32), axis=1)
+        b_kept += tl.sum(b_written, axis=0)
+        b_at = b_kq * _between(b_total, o_t, True, FAST)
+        b_dv = tl.dot(b_at.to(DOT), b_do.to(DOT), b_dv, input_precision=PRECISION)
+        # Pairs of different rows alone: what a row gives itself does not decay, and would drown the rest.
+        b_pairs = tl.dot(b_v.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION) * b_at * b_w[:, None]
+        b_pairs = tl.where(o_t[:, None] < o_t[None, :], b_pairs, 0.0)
+        b_asked += tl.sum(b_pairs, axis=0)
+        b_written += tl.sum(b_pairs, axis=1)
+        b_dg = tl.cumsum(b_asked - b_written, axis=0, reverse=True) + b_kept
+        tl.store(d_decay + row + o_t * H, b_dg, mask=m_t)
+        b_v32, b_do32 = b_v.to(tl.float32), b_do.to(tl.float32)
+        tl.store(dw + row + o_t * H, tl.sum(b_dv * b_v32, axis=1), mask=m_t)
         b_dv *= b_w[:, None]
         if HAS_SKIP:
-            b_skip = tl.load(skip + i_h).to(tl.float32)
-            b_dv += b_skip * b_do
-            b_y -= b_skip * b_v
-            tl.store(d_skip + i_c * H + i_h, tl.sum(tl.sum(b_do * b_v, axis=1), axis=0))
+            b_dv += tl.load(skip + i_h).to(tl.float32) * b_do32
+            tl.store(d_skip + i_c * H + i_h, tl.sum(tl.sum(b_do32 * b_v32, axis=1), axis=0))
         tl.store(dv + o_y, b_dv.to(dv.dtype.element_ty), mask=m_y)
-        b_dg = tl.cumsum(tl.sum(b_y * b_do, axis=1) - b_w * b_dw, axis=0, reverse=True) + b_kept
-        tl.store(d_decay + row + o_t * H, b_dg, mask=m_t)

@@ -55,7 +55,7 @@ class _Duality(torch.autograd.Function):
         out, final, states = duality_node(*arguments)
         if not torch.compiler.is_compiling():  # where a missing gradient costs nothing anyway
             ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arguments, out, states)
+        ctx.save_for_backward(*arguments, states)
         return out, final
 
     @staticmethod
@@ -135,7 +135,6 @@ def _gradients(
     skip: Tensor | None,
     initial: Tensor | None,
     cu_seqlens: Tensor | None,
-    out: Tensor,
     states: Tensor,
 ) -> tuple[Tensor, ...]:
     _, d_initial, _ = _results(q, k, v, w, log_decay, skip, initial, cu_seqlens)
@@ -162,7 +161,7 @@ def _backward(d_out: Tensor | None, d_final: Tensor | None, *saved: Any) -> tupl
 def _run_backward(
     plan: Plan, d_out: Tensor, d_final: Tensor | None, saved: tuple[Any, ...], results: tuple[Tensor, ...]
 ) -> None:
-    q, k, v, w, log_decay, skip, _, _, out, states = saved
+    q, k, v, w, log_decay, skip, _, _, states = saved
     dq, dk, dv, dw, d_decay, d_skip, d_initial = results
     d_states = torch.empty_like(states)
     walk = Walk(k, q, d_out, log_decay=log_decay)
@@ -174,7 +173,7 @@ def _run_backward(
     arguments = (q, v, d_out, w, log_decay, d_states, dk, plan.chunks)
     _launch(shared_gradient_kernel, plan, q, v, arguments, SHARED, LATER=True)
     arguments = (
-        q, k, v, w, log_decay, w if skip is None else skip, out, d_out, states, d_states, dv, dw, d_decay, parts,
+        q, k, v, w, log_decay, w if skip is None else skip, d_out, states, d_states, dv, dw, d_decay, parts,
         plan.chunks,
     )  # fmt: skip
     _launch(value_gradient_kernel, plan, q, v, arguments, VALUE, HAS_SKIP=skip is not None)
@@ -195,7 +194,7 @@ def _rehearse(
         out, final, states = _results(*forward)
         forward = (plan, *saved, (out, final, states))
         _run(*forward)
-        backward = (*saved, None, out, states)
+        backward = (*saved, None, states)
         _run_backward(plan, short[2], None, backward, _gradients(None, None, *backward))
 
 
@@ -227,7 +226,7 @@ duality_node = register_node(
     f"state_space_duality_kernels({_INPUTS}) -> (Tensor out, Tensor final, Tensor states)", _forward, _results
 )
 duality_gradient_node = register_node(
-    f"state_space_duality_kernels_gradient(Tensor? d_out, Tensor? d_final, {_INPUTS}, Tensor out, Tensor states) -> "
+    f"state_space_duality_kernels_gradient(Tensor? d_out, Tensor? d_final, {_INPUTS}, Tensor states) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor dw, Tensor d_decay, Tensor d_skip, Tensor d_initial)",
     _backward,
     _gradients,
