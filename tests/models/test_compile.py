@@ -92,6 +92,14 @@ def test_attention_weights_survive_compilation() -> None:
         assert_close(got, want, tolerances.FLOAT32, f"layer {layer}")
 
 
+@pytest.mark.parametrize("mixer", ["cosine", "metala", "softmax", "ssd"])
+def test_an_exported_model_computes_the_same(mixer: str) -> None:
+    model, inputs = _model([mixer, mixer], use_cache=False), _inputs(padded=True)
+    with torch.no_grad():
+        exported = torch.export.export(model, args=(), kwargs=inputs, strict=False).module()
+        assert_close(exported(**inputs).logits, model(**inputs).logits, tolerances.FLOAT32, "logits")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of the code generator, on machines without its favourite tools
 @pytest.mark.parametrize("mixer", ["cosine", "metala", "softmax"])
