@@ -194,7 +194,8 @@ def _show(results: dict[str, Any]) -> None:
     if results["training"]:
         table = Table(title="training")
         for column in ("model", "shape", "how", "tokens/s", "ms/step", "peak GiB", "first step s"):
-            table.add_column(column, justify="left" if column in ("model", "shape", "how") else "right")
+            named = column in ("model", "shape", "how")
+            table.add_column(column, justify="left" if named else "right", no_wrap=named)
         for row in results["training"]:
             how = [word for word, on in (("compiled", row["compiled"]), ("checkpointed", row["checkpointed"])) if on]
             table.add_row(
@@ -210,7 +211,8 @@ def _show(results: dict[str, Any]) -> None:
     if results["decoding"]:
         table = Table(title="decoding")
         for column in ("model", "rows", "context", "loop", "ms/token", "prefill s", "memory MiB"):
-            table.add_column(column, justify="left" if column in ("model", "loop") else "right")
+            named = column in ("model", "loop")
+            table.add_column(column, justify="left" if named else "right", no_wrap=named)
         for row in results["decoding"]:
             table.add_row(
                 row["model"],

@@ -93,10 +93,13 @@ def run(argv: list[str]) -> int:
 
 def _show(speeds: "list[OpSpeed]", limits: dict[str, float]) -> None:
     copy, product = limits.values()
-    table = Table(caption=f"a copy: {copy:,.0f} GB/s; a matrix product: {product:,.1f} TFLOP/s")
-    columns = ("forward ms", "forward+backward ms", "eager ms", "GB/s", "TFLOP/s", "extra GiB", "launches", "first s")
+    table = Table(
+        caption=f"both: forward and backward. A copy: {copy:,.0f} GB/s; a matrix product: {product:,.1f} TFLOP/s"
+    )
+    columns = ("forward ms", "both ms", "eager ms", "GB/s", "TFLOP/s", "extra GiB", "launches", "first s")
     for column in ("operator", "shape", *columns):
-        table.add_column(column, justify="left" if column in ("operator", "shape") else "right")
+        named = column in ("operator", "shape")
+        table.add_column(column, justify="left" if named else "right", no_wrap=named)
     for speed in speeds:
         place = f"{speed.rows}x{speed.tokens}"
         if speed.forward_ms is None:
