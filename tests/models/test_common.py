@@ -99,6 +99,18 @@ def test_what_was_loaded_is_not_initialised_again(mixer: str) -> None:
         assert tensor.isfinite().all() if name in absent else torch.equal(tensor, states[name]), name
 
 
+def test_a_missing_parameter_of_a_mixer_is_the_only_one_initialised(mix: str) -> None:
+    """`reset_parameters` sets all that a module owns; what was loaded has to survive it."""
+    model = tiny(mix)
+    states, mixer = model.state_dict(), model.model.layers[1].mixer
+    for absent in (f"model.layers.1.mixer.{name}" for name, _ in mixer.named_parameters(recurse=False)):
+        held = {name: tensor for name, tensor in states.items() if name != absent}
+        loaded = FarspanForCausalLM.from_pretrained(None, config=model.config, state_dict=held).state_dict()
+        assert loaded[absent].isfinite().all()
+        for name, tensor in held.items():
+            assert torch.equal(loaded[name], tensor), f"{name} without {absent}"
+
+
 def test_a_model_is_deterministic(mixer: str) -> None:
     model = tiny(mixer, hidden_dropout=0.5)
     assert torch.equal(_logits(model), _logits(model))
