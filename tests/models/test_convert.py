@@ -55,6 +55,7 @@ def test_every_family_both_ways(case: str, tmp_path: Path) -> None:
     assert loaded.dtype == torch.bfloat16 and not differences(loaded.config, model.config)
     assert same(loaded.state_dict(), model.state_dict())
     assert same(back(tmp_path), state)
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     assert config_of(tmp_path / "back") == json.loads(json.dumps(config))
 
 

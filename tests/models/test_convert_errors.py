@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from farspan.errors import CheckpointError
-from farspan.models.convert import convert, writer
-from tests.models.tiny_families import TINY, published_checkpoint, save_published
+from farspan.models.convert import convert, families, writer
+from tests.models.tiny_families import TINY, published_checkpoint, save_published, tiny_model
 
 INDEX = "model.safetensors.index.json"
 
@@ -436,6 +436,12 @@ def test_a_disk_that_does_not_keep_what_is_written(tmp_path: Path, monkeypatch: 
             "is not accepted: Unknown config field 'hiden_size'",
         ),
         (
+            lambda ours: (ours / "config.json").write_text(
+                '{"model_type": "farspan", "architectures": ["FarspanConfig"]}'
+            ),
+            "architectures=\\['FarspanConfig'\\], of which Farspan knows none",
+        ),
+        (
             lambda ours: (ours / "config.json").write_text('{"model_type": "farspan", "num_hidden_layers": 1}'),
             r"not the tensors of the FarspanForCausalLM that config.json describes: \d+ missing",
         ),
@@ -447,3 +453,21 @@ def test_mistakes_on_the_way_back(mistake: Callable[[Path], object], words: str,
     with pytest.raises(CheckpointError, match=words):
         convert(tmp_path / "ours", tmp_path / "back", to="original")
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("name", ["bert", "cottention-gpt", "longnet-decoder", "longvit", "llama", "metala"])
+def test_a_model_goes_out_in_forms_that_can_express_it_alone(name: str, tmp_path: Path) -> None:
+    tiny_model(name).save_pretrained(tmp_path / "ours")
+    with pytest.raises(CheckpointError, match=f"name the form to write with --family. It fits {name}\\."):
+        convert(tmp_path / "ours", to="original", dry_run=True)
+    expressing = set()
+    for family in families.families():
+        try:
+            convert(tmp_path / "ours", to="original", family=family, dry_run=True)
+            expressing.add(family)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+    # Cottention's two variants are written alike: the mixers tell which it is.
+    assert expressing == {"bert": {"bert", "cottention-bert"}, "cottention-gpt": {"gptj", "cottention-gpt"}}.get(
+        name, {name}
+    )

@@ -106,8 +106,11 @@ def word(dtype: torch.dtype | str) -> str:
 def skeleton(config: FarspanConfig) -> tuple[FarspanPreTrainedModel, dict[str, Tensor]]:
     """The model on the meta device, and the tensors that its files hold: a tied head is not among them."""
     architecture = (config.architectures or ["FarspanForCausalLM"])[0]
+    kind = getattr(farspan.models, architecture) if architecture in farspan.models.__all__ else None
+    if not (isinstance(kind, type) and issubclass(kind, FarspanPreTrainedModel)):
+        raise CheckpointError(f"config.json has architectures={config.architectures}, of which Farspan knows none.")
     with torch.device("meta"):
-        model = getattr(farspan.models, architecture)(config)
+        model = kind(config)
     model.tie_weights()
     return model, {name: x for name, x in model.state_dict().items() if name not in model.all_tied_weights_keys}
 

@@ -1,7 +1,8 @@
 """Planning the way from Farspan back to the form in which a family is published."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +163,24 @@ def _canonical(config: FarspanConfig) -> dict[str, Any]:
 
 
 def _entries(family: Family, config: FarspanConfig, held: Mapping[str, Tensor], untied: bool) -> list[AnyEntry]:
-    entries = family.entries(config)
+    with _expressing(family, config):
+        entries = family.entries(config)
     entries = head_of_its_own(entries) if untied else entries
     check_map(held, entries, family.title)
     return entries
+
+
+@contextlib.contextmanager
+def _expressing(family: Family, config: FarspanConfig) -> Iterator[None]:
+    """A clear message in place of whatever a family says to a model that is not its own."""
+    try:
+        yield
+    except FarspanError:
+        raise
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{family.title} cannot express this model, whose mixers are {', '.join(dict.fromkeys(config.mixers))}."
+        ) from error
 
 
 def _published_config(
@@ -176,11 +191,13 @@ def _published_config(
     untied: bool | None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The config.json to write: the one that was converted if it still holds, with changes written over it if not."""
-    written = family.write_config(config)
+    with _expressing(family, config):
+        written = family.write_config(config)
     candidates = [{**recorded}, {**recorded, **written}] if recorded else []
     lost: dict[str, tuple[Any, Any]] = {}
     for candidate in (*candidates, written):
-        lost = differences(config, family.read_config(Published(candidate, shapes)))
+        with _expressing(family, config):
+            lost = differences(config, family.read_config(Published(candidate, shapes)))
         lost = {name: values for name, values in lost.items() if not (untied and name == "tie_word_embeddings")}
         if set(lost) <= set(_TRAINING) and (not lost or candidate is written):
             notes = [f"{family.title} has no {some(lost)}: left out, which matters in training alone."] if lost else []
@@ -199,12 +216,11 @@ def _published_config(
 def _expresses(family: Family, config: FarspanConfig, held: Mapping[str, Tensor]) -> bool:
     try:
         entries = _entries(family, config, held, untied=False)
-        _published_config(
-            family, config, {entry.published: tuple(entry.write(held).shape) for entry in entries}, None, None
-        )
-    except Exception:
+        shapes = {entry.published: tuple(entry.write(held).shape) for entry in entries}
+        published, _ = _published_config(family, config, shapes, None, None)
+    except FarspanError:
         return False
-    return True
+    return family.matches(Published(published, shapes))
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -80,8 +80,8 @@ class ShardWriter:
     def _begin(self, path: Path, tensors: dict[str, Tensor]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         places, end = {}, 0
-        # Wide types first, as in the library: every tensor then stands at a multiple of its element's size.
-        for name, x in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+        # In the library's order, wide types first: every tensor then stands at a multiple of its element's size.
+        for name, x in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
             places[name] = end
             header[name] = {"dtype": _WORDS[x.dtype], "shape": list(x.shape), "data_offsets": [end, end + x.nbytes]}
             end += x.nbytes
