@@ -130,7 +130,7 @@ def _mixer(case: Case, options: dict[str, Any]) -> tuple[DynamicMaskMixer, list]
         max_position_embeddings=config.get("max_position_embeddings", 2048),
         rope_parameters=rope,
     )
-    found = attention_options(case.params, head_dim)
+    found = attention_options({name: tuple(x.shape) for name, x in case.params.items()}, head_dim)
     mixer = DynamicMaskMixer(shape, DynamicMaskOptions(**found, **options), layer_idx=0)
     biased = options.get("bias_form") != "none"
     entries = attention_entries(bias=bool(found["attention_bias"]), qk_norm=bool(found["qk_norm"]), biased=biased)

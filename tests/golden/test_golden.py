@@ -17,6 +17,7 @@ from tests.golden import (
     coca_cases,
     cottention_cases,
     dmattn_cases,
+    doge_cases,
     experts_cases,
     longnet_cases,
     metala_cases,
@@ -46,6 +47,9 @@ RUNNERS: dict[str, Callable[[Case], None]] = {
     "dmattn.sd1.attention": dmattn_cases.top_per_row,
     "dmattn.seed_doge.attention": dmattn_cases.seed_doge,
     "dmattn.seed_module.attention": dmattn_cases.seed_module,
+    "doge.hf.lm": doge_cases.current_lm,
+    "doge.sd1.lm": doge_cases.small_lm,
+    "doge.seed.lm": doge_cases.seed_lm,
     "gated_linear_attention.op": metala_cases.gated_linear_attention_op,
     "dilated.attention": longnet_cases.attention,
     "dilated.op": longnet_cases.operator,
@@ -70,9 +74,6 @@ RUNNERS: dict[str, Callable[[Case], None]] = {
 
 PENDING = frozenset(
     [
-        "doge.hf.lm",
-        "doge.sd1.lm",
-        "doge.seed.lm",
         "task.sample",
     ]
 )

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -15,6 +14,7 @@ from farspan.models.cache import FarspanCache
 from farspan.models.configuration import FarspanConfig
 from farspan.models.inputs import check_cache, check_table, layout_of, next_positions, refuse_unknown
 from farspan.models.pooling import pool
+from farspan.nn.experts.balance import auxiliary_loss
 from farspan.nn.feed_forward import AuxiliaryRecord
 from farspan.nn.norms import make_norm
 
@@ -65,8 +65,8 @@ class FarspanModelOutput(BaseModelOutputWithPast):
     """Hidden states, cache, and what the feed-forwards report beside their output.
 
     `pooler_output` is `[B, D]` (`[num_seqs, D]` where documents are packed) with `config.pooler`, else None.
-    `auxiliary` has one record (or None) per layer, `aux_loss` the sum of their losses; both are None when there is
-    nothing, as outside of training mode.
+    `auxiliary` has one record (or None) per layer, `aux_loss` the sum of their losses and of those that are
+    pooled over the layers; both are None when there is nothing, as outside of training mode.
     """
 
     pooler_output: Tensor | None = None
@@ -181,14 +181,13 @@ class FarspanModel(FarspanPreTrainedModel):
             states.append(x)
         if past_key_values is not None:
             past_key_values.advance(length, next_positions(layout, past_key_values))
-        losses = [record.loss for record in records if record is not None and record.loss is not None]
         output = FarspanModelOutput(
             last_hidden_state=x,
             past_key_values=past_key_values,
             hidden_states=None if states is None else tuple(states),
             attentions=None if layout.attentions is None else tuple(layout.attentions),
             pooler_output=None if self.pooler is None else self.pooler(pool(x, layout, "first")).tanh(),
-            aux_loss=torch.stack(losses).sum() if losses else None,
+            aux_loss=auxiliary_loss(records),
             auxiliary=tuple(records) if any(records) else None,
         )
         return output if return_dict is not False else output.to_tuple()

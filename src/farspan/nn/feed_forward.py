@@ -14,19 +14,21 @@ from farspan.ops.swiglu.api import swiglu
 
 @dataclass
 class AuxiliaryRecord:
-    """What a feed-forward reports beside its output; the model sums the losses over the layers.
+    """What a feed-forward reports beside its output; the model combines them (`balance.auxiliary_loss`).
 
     Attributes:
         loss: scalar to add to the training loss, or None.
         statistics: named scalars for the log, e.g. router entropy.
         load: share of the selections that each expert received, `[E]`, summing to 1; None without experts.
         probability: mean probability that the router gave each expert, `[E]`, summing to 1, differentiable.
+        pooled: factor of a load-balancing loss that is formed from the means over the layers; 0 has none.
     """
 
     loss: Tensor | None = None
     statistics: dict[str, Tensor] | None = None
     load: Tensor | None = None
     probability: Tensor | None = None
+    pooled: float = 0.0
 
 
 class FeedForwardShape(Protocol):

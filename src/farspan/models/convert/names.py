@@ -124,14 +124,28 @@ def affine(published: str, ours: str) -> list[Entry]:
     return [Entry(f"{published}.{kind}", f"{ours}.{kind}") for kind in ("weight", "bias")]
 
 
+_OLD_NAMES = (
+    ("LayerNorm.gamma", "LayerNorm.weight"),
+    ("LayerNorm.beta", "LayerNorm.bias"),
+    (".input_residual.weight", ".input_residual"),
+    (".post_attention_residual.weight", ".post_attention_residual"),
+    (".queries_proj.weight", ".queries.weight"),
+)
+
+
 def current_name(name: str) -> str:
-    """What a published parameter is called today: files that began in TensorFlow, as BERT's, say gamma and beta.
+    """What a published parameter is called today.
+
+    Files that began in TensorFlow, as BERT's, say gamma and beta; early ones of Doge have residuals with a `.weight`,
+    and `queries_proj`.
 
     Example:
         >>> current_name("bert.embeddings.LayerNorm.gamma")
         'bert.embeddings.LayerNorm.weight'
     """
-    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    for old, new in _OLD_NAMES:
+        name = name.replace(old, new)
+    return name
 
 
 def to_ours(state: Mapping[str, Tensor], entries: Iterable[AnyEntry], partial: bool = False) -> dict[str, Tensor]:

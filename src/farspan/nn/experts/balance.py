@@ -1,6 +1,7 @@
 """How evenly a router uses its experts: the auxiliary loss and the numbers for the log."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ def load_balance(load: Tensor, probability: Tensor) -> Tensor:
 
     Note:
         Over several layers the released code of Doge concatenates their tokens first: that is
-        `load_balance(mean of the loads, mean of the probabilities)`. The model sums one loss per layer.
+        `load_balance(mean of the loads, mean of the probabilities)`, see `pool_aux_loss`. Without that option the model
+        sums one loss per layer.
 
     Source:
         Fedus et al. 2021, arXiv 2101.03961, equations 4 to 6; transformers: models/doge.
@@ -48,7 +50,12 @@ def token_shares(probability: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def balance_record(
-    expert_ids: Tensor, shares: Tensor, probability: Tensor, entropy: Tensor, coefficient: float
+    expert_ids: Tensor,
+    shares: Tensor,
+    probability: Tensor,
+    entropy: Tensor,
+    coefficient: float,
+    pool: bool = False,
 ) -> AuxiliaryRecord:
     """What a router reports of one forward pass.
 
@@ -58,6 +65,7 @@ def balance_record(
         probability: mean probability of each expert over the tokens, `[E]`, differentiable.
         entropy: mean entropy of the router's distribution over the experts, in nats.
         coefficient: factor of the auxiliary loss; 0 leaves the loss out.
+        pool: whether the loss is left to `auxiliary_loss`, which forms it from the means over the layers.
 
     Returns:
         The record; its statistics are
@@ -77,5 +85,32 @@ def balance_record(
         "load_entropy": torch.special.entr(load).sum() / largest,
         "router_entropy": entropy.detach() / largest,
     }
+    if pool:
+        return AuxiliaryRecord(None, statistics, load, probability, coefficient)
     loss = coefficient * load_balance(load, probability) if coefficient else None
     return AuxiliaryRecord(loss, statistics, load, probability)
+
+
+def auxiliary_loss(records: Iterable[AuxiliaryRecord | None]) -> Tensor | None:
+    """What all layers together add to the training loss.
+
+    It is the sum of the records' losses and, over the layers of each factor c and number of experts that pool them, of
+    `c · load_balance(mean load, mean probability)`.
+
+    Args:
+        records: one per layer, None for a layer that reports nothing.
+
+    Returns:
+        A scalar, or None if no layer has a loss.
+    """
+    found = [record for record in records if record is not None]
+    losses = [record.loss for record in found if record.loss is not None]
+    pools: dict[tuple[float, int], list[tuple[Tensor, Tensor]]] = {}
+    for record in found:
+        if record.pooled and record.load is not None and record.probability is not None:
+            key = (record.pooled, record.load.numel())
+            pools.setdefault(key, []).append((record.load, record.probability))
+    for (coefficient, _), layers in pools.items():
+        load, probability = (torch.stack(part).mean(0) for part in zip(*layers, strict=True))
+        losses.append(coefficient * load_balance(load, probability))
+    return torch.stack(losses).sum() if losses else None

@@ -34,6 +34,8 @@ class RetrievalOptions:
         router_aux_loss_coef: factor of this layer's load-balancing loss in training; 0 leaves it out.
         unreachable_experts: rows behind the others in the tables of experts that no pair of keys reaches. Released
             configurations have them (16348 experts are 127² and 219 more); they are kept for the way back.
+        pool_aux_loss: whether loads and probabilities are averaged over the layers before the load-balancing loss is
+            formed from them, once for the model (released Doge); False forms and adds one loss per layer.
     """
 
     num_experts: int = 16384
@@ -46,6 +48,7 @@ class RetrievalOptions:
     hidden_act: str | None = None
     router_aux_loss_coef: float = 0.001
     unreachable_experts: int = 0
+    pool_aux_loss: bool = False
 
     def __post_init__(self) -> None:
         keys = math.isqrt(max(self.num_experts, 0))
@@ -183,7 +186,12 @@ class RetrievedExperts(nn.Module):
             probability = (px * share).flatten(0, 1).mT @ py.flatten(0, 1)
         entropy = -(share * (px * axes[0] + py * axes[1])).sum()
         return balance_record(
-            routing.expert_ids.flatten(1), shares, probability.flatten(), entropy, self.options.router_aux_loss_coef
+            routing.expert_ids.flatten(1),
+            shares,
+            probability.flatten(),
+            entropy,
+            self.options.router_aux_loss_coef,
+            self.options.pool_aux_loss,
         )
 
     def flops_per_token(self) -> float:
