@@ -33,6 +33,10 @@ class LayerCache:
         """Forgets everything."""
         self.tensors = {}
 
+    def leave_inference_mode(self) -> None:
+        """Replaces what was made under `torch.inference_mode`, which nothing outside of it may change."""
+        self.tensors = {name: x.clone() if x.is_inference() else x for name, x in self.tensors.items()}
+
     def crop(self, tokens: int) -> None:
         """Takes back the newest `tokens` tokens.
 
@@ -126,6 +130,8 @@ class KeyValueCache(LayerCache):
     def append(self, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Adds `[B, T, G, K]` keys and `[B, T, G, V]` values of new tokens; returns all that the new queries may see.
 
+        Gradients reach the new tokens, not those that were stored by earlier calls.
+
         Args:
             keys, values: of the new tokens.
             mask: `[B, T]` bool, True for real tokens, or None when all are real.
@@ -143,7 +149,7 @@ class KeyValueCache(LayerCache):
         for name, x in stored.items():
             self.tensors[name] = self._write(name, x.detach())
         self.length += new
-        keys, values = self.tensors["keys"][:, : self.length], self.tensors["values"][:, : self.length]
+        keys, values = self._seen("keys", keys, self.length), self._seen("values", values, self.length)
         key_mask = self.tensors["mask"][:, : self.length] if "mask" in self.tensors else None
         if self.window is not None:
             self._evict(self.window - 1)
@@ -174,6 +180,12 @@ class KeyValueCache(LayerCache):
             buffer = grown
         buffer[:, self.length : end] = x
         return buffer
+
+    def _seen(self, name: str, new: Tensor, total: int) -> Tensor:
+        """The first `total` entries of a buffer, whose last ones are `new`, in new's dtype."""
+        held = self.tensors[name][:, :total].to(new.dtype)
+        # Later calls write into the buffer: what autograd saves must be no part of it.
+        return torch.cat((held[:, : total - new.shape[1]], new), dim=1) if torch.is_grad_enabled() else held
 
     def _evict(self, keep: int) -> None:
         """Keeps the last `keep` real tokens of every row, in order; the mask marks rows that have fewer."""

@@ -99,7 +99,7 @@ class CollinearMixer(Mixer):
         t = collinear_coefficients(raw, self.rotary_dim, tie=self.options.tie)
         v = self.v_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
         fresh, key_mask, positions = True, None, None
-        if cache is not None:
+        if cache is not None and x.shape[1]:
             assert isinstance(cache, CoefficientCache)
             fresh = cache.length == 0
             coefficients, values, held, places = cache.append_at(t, v, layout)

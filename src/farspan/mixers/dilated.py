@@ -185,11 +185,11 @@ class DilatedMixer(Mixer):
             )
             return layout.unpack(packed)
 
-        if past and cache is not None:
+        if past and cache is not None and x.shape[1]:
             out = cache.attend(q, k, v, layout.padding_mask, settings)
         else:
             out = layout.observed(attend, v)
-            if cache is not None:
+            if cache is not None and x.shape[1]:
                 cache.write(k, v, layout.padding_mask)
         return self.o_proj(self.sub_norm(out.flatten(2)))
 
@@ -275,8 +275,8 @@ class DilatedCache(LayerCache):
         real = self._make_room(k, v, mask)
         out = dilated_attention_live(
             q,
-            k.detach(),
-            v.detach(),
+            k,
+            v,
             patterns=self.patterns,
             buffers=self._buffers(),
             seen=self.tensors["seen"],

@@ -43,6 +43,9 @@ class DynamicMaskOptions:
         rope: whether queries and keys are rotated by position.
         bias_init: A at initialisation: 0, plain attention at first (Doge), or 1 (the seed's module, Cheems).
         norm_eps: epsilon of the norms of queries and keys.
+        padding_attends: as released: padded rows attend, too, to the real keys that they see, or to all values alike
+            where they see none. It changes real tokens only where a feed-forward mixes tokens (`token_mixing`); False
+            gives 0 at padding.
     """
 
     bias_form: str = "exp"
@@ -56,6 +59,7 @@ class DynamicMaskOptions:
     rope: bool = True
     bias_init: float = 0.0
     norm_eps: float = 1e-6
+    padding_attends: bool = False
 
     def __post_init__(self) -> None:
         for name, accepted in (
@@ -126,6 +130,8 @@ class DynamicMaskMixer(Mixer):
                 f"dynamic_mask: RoPE rotates pairs of channels, but head_dim={self.head_dim} is odd; choose an even "
                 "number or set mixer_options.dynamic_mask.rope to false."
             )
+        if options.padding_attends and not self.causal:
+            raise ConfigError("dynamic_mask: padding_attends=true is a form of causal models; leave it out.")
         self.bias_heads = self.key_heads if options.bias_heads == "kv" else self.heads
         width, bias = config.hidden_size, options.attention_bias
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
@@ -166,9 +172,9 @@ class DynamicMaskMixer(Mixer):
         past = isinstance(cache, BiasedKeyCache | LiveKeyCache) and cache.length > 0
         select, key_mask, held = self.options.selection, None, (k, v, bias, ranking)
         if isinstance(cache, LiveKeyCache):
+            # The query of a step finds the selection made; others select among the live keys and themselves.
+            select = "none" if cache.steps(q.shape[1]) else select
             held = cache.append(k, v, bias, ranking, layout.padding_mask)
-            # A single query finds the selection made; several select among the live keys and themselves.
-            select = "none" if past and q.shape[1] == 1 else select
         elif isinstance(cache, BiasedKeyCache):
             keys, values, key_mask, more = cache.append_with(k, v, layout.padding_mask, bias=bias, ranking=ranking)
             held = (keys, values, more["bias"], more["ranking"])
@@ -176,6 +182,8 @@ class DynamicMaskMixer(Mixer):
         def attend(values: Tensor) -> Tensor:
             if past:
                 return self._attend(q, held[0], values, *held[2:], select=select, key_mask=key_mask)
+            if self.options.padding_attends and layout.padding_mask is not None:
+                return self._attend_padded(q, k, values, bias, ranking, select=select, mask=layout.padding_mask)
             # Without a past, padding and packing are one case: real tokens side by side.
             packed = (layout.pack(part) for part in (q, k, values, bias, ranking))
             return layout.unpack(self._attend(*packed, select=select, cu_seqlens=layout.sequences()))
@@ -226,6 +234,17 @@ class DynamicMaskMixer(Mixer):
                 offset = outer @ value.bias.double() + self.bias_proj.bias.double()
             logits = [nn.functional.linear(part.double(), weight, offset) for part in x.split(ROWS_AT_ONCE, dim=1)]
             return (self.bias_scale.double() * softplus(torch.cat(logits, dim=1))).float()
+
+    def _attend_padded(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, ranking: Tensor, *, select: str, mask: Tensor
+    ) -> Tensor:
+        """Every row attends, padded ones included; one that sees no real key weighs all values of its text alike."""
+        out = self._attend(q, k, v, bias, ranking, select=select, key_mask=mask)
+        seen = mask.long().cumsum(1)
+        if (window := self.options.sliding_window) is not None:
+            seen = seen - nn.functional.pad(seen, (window, 0))[:, : seen.shape[1]]
+        alike = v.mean(1, keepdim=True).repeat_interleave(self.heads // self.key_heads, dim=2)
+        return torch.where((seen > 0)[..., None, None], out, alike)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, ranking: Tensor, *, select: str, **visibility: Any

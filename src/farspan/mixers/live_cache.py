@@ -25,7 +25,7 @@ class BiasedKeyCache(KeyValueCache):
         total = self.length + keys.shape[1]
         for name, x in more.items():
             self.tensors[name] = self._write(name, x.detach())
-        held = {name: self.tensors[name][:, :total] for name in more}
+        held = {name: self._seen(name, x, total) for name, x in more.items()}
         return *self.append(keys, values, mask), held
 
 
@@ -57,22 +57,26 @@ class LiveKeyCache(LayerCache):
 
         Returns:
             Keys, values, biases and rankings of everything that the new queries may choose from, −inf where they may
-            not: for T > 1 oldest first per key-value head, the new tokens last; for T = 1 already selected.
+            not: where `steps` says so already selected, else oldest first per key-value head, the new tokens last.
         """
         if mask is not None:
             ranking = ranking.masked_fill(~mask.unsqueeze(-1), GONE)
         born = torch.arange(self.seen, self.seen + keys.shape[1], dtype=torch.int32, device=keys.device)
         new = {
-            "keys": keys.detach(),
-            "values": values.detach(),
-            "bias": bias.detach().unflatten(2, (-1, self.sharing)),
+            "keys": keys,
+            "values": values,
+            "bias": bias.unflatten(2, (-1, self.sharing)),
             "ranking": ranking.detach().unflatten(2, (-1, self.sharing)),
             "born": born[:, None].expand(keys.shape[:3]),
         }
+        held = self._step(new) if self.steps(keys.shape[1]) else self._extend(new)
         self.seen += keys.shape[1]
-        held = self._step(new) if keys.shape[1] == 1 and self.length else self._extend(new)
         bias = held["bias"].masked_fill(held["ranking"] == GONE, GONE)
         return held["keys"], held["values"], bias.flatten(2), held["ranking"].flatten(2)
+
+    def steps(self, tokens: int) -> bool:
+        """Whether so many new tokens are one step, which changes the memory in place: gradients cannot pass that."""
+        return tokens == 1 and self.length > 0 and not torch.is_grad_enabled()
 
     def reset(self) -> None:
         super().reset()
@@ -91,9 +95,9 @@ class LiveKeyCache(LayerCache):
         if total > self.bound:
             gone = ~(kept["ranking"] > GONE).any(-1)
             order = gone.to(torch.int8).argsort(dim=1, stable=True)[:, : self.bound]
-            kept = {name: _take(x, order) for name, x in kept.items()}
+            kept = {name: _take(x.detach(), order) for name, x in kept.items()}
         else:
-            kept = {name: x.clone(memory_format=torch.contiguous_format) for name, x in kept.items()}
+            kept = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in kept.items()}
         self.tensors, self.length = kept, min(total, self.bound)
         return held
 

@@ -33,6 +33,15 @@ class FarspanCache(Cache):
         self.tokens_seen += length
         self.next_positions = next_positions
 
+    def leave_inference_mode(self) -> None:
+        """Lets a cache that was filled under `torch.inference_mode` be continued outside of it."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or self.next_positions is None:
+            return
+        if self.next_positions.is_inference():
+            self.next_positions = self.next_positions.clone()
+            for layer in self.layers:
+                layer.leave_inference_mode()
+
     def nbytes(self) -> int:
         """Bytes held by all layers."""
         return sum(layer.nbytes() for layer in self.layers)

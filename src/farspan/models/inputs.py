@@ -46,7 +46,7 @@ def refuse_unknown(forward: Callable[..., Any], more: Mapping[str, Any], also: t
 
 
 def check_cache(cache: FarspanCache | None, layers: int, rows: int, causal: bool) -> None:
-    """Refuses a cache that does not belong to this model and batch.
+    """Refuses a cache that does not belong to this model and batch; one that does may be written to from here on.
 
     Raises:
         ConfigError: for another class, or where the model looks both ways.
@@ -62,6 +62,7 @@ def check_cache(cache: FarspanCache | None, layers: int, rows: int, causal: bool
         raise ShapeError(f"past_key_values has {len(cache.layers)} layers, the model {layers}.")
     if cache.batch_size not in (-1, rows):
         raise ShapeError(f"past_key_values holds {cache.batch_size} rows, the input has {rows}.")
+    cache.leave_inference_mode()
 
 
 def layout_of(

@@ -139,12 +139,14 @@ def dilated_attention_live(
         `[B, T, H, V]` in v's dtype; rows of padding are finite.
 
     Cost:
-        O(T·Σ w/r) per head (d times that where d offsets share a key head), in blocks of 128 tokens.
+        O(T·Σ w/r) per head (d times that where d offsets share a key head), in blocks of 128 tokens; O(T·(T + Σ w/r))
+        with gradients, which reach the new tokens alone.
     """
     outs = []
+    block = q.shape[1] if torch.is_grad_enabled() else _BLOCK
     with without_autocast(q):
-        for start in range(0, q.shape[1], _BLOCK):
-            queries, keys, values, kept = (x[:, start : start + _BLOCK] for x in (q, k, v, real))
+        for start in range(0, q.shape[1], block):
+            queries, keys, values, kept = (x[:, start : start + block] for x in (q, k, v, real))
             outs.append(_Block(queries, keys, values, kept, seen, settings).attend(patterns, buffers))
             seen = seen + kept.sum(1)
     return torch.cat(outs, dim=1)
@@ -167,13 +169,18 @@ class _Block:
 
     def attend(self, patterns: Sequence[LivePattern], buffers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """One softmax over the slots of all patterns and the new keys, `[B, T, H, V]`."""
-        newest, alone = self.seen - 1, self.q.shape[1] == 1
+        newest, graph = self.seen - 1, torch.is_grad_enabled()
+        alone = self.q.shape[1] == 1 and not graph
+        k, v, seen = self.k.detach(), self.v.detach(), buffers
         if alone:
             # One query finds itself in its slots. Of several, a new segment would write over what the first ones see.
-            write_live(patterns, buffers, self.k, self.v, self.positions, self.real)
+            write_live(patterns, buffers, k, v, self.positions, self.real)
             newest = newest + self.real[:, 0]
-        scores = [self._slots(pattern, keys, newest) for pattern, (keys, _) in zip(patterns, buffers, strict=True)]
-        values = [held[:, :-1] for _, held in buffers]
+        elif graph:
+            # What autograd saves must not change when the buffers are written to.
+            seen = [(keys.clone(), values.clone()) for keys, values in buffers]
+        scores = [self._slots(pattern, keys, newest) for pattern, (keys, _) in zip(patterns, seen, strict=True)]
+        values = [held[:, :-1] for _, held in seen]
         if not alone:
             scores.append(self._among_themselves(patterns))
             values.append(self.v)
@@ -185,7 +192,7 @@ class _Block:
             grouped = part.unflatten(1, (held.shape[2], -1))
             out = out + torch.einsum("bghts,bsgv->btghv", grouped, held.to(self.wide)).flatten(2, 3)
         if not alone:
-            write_live(patterns, buffers, self.k, self.v, self.positions, self.real)
+            write_live(patterns, buffers, k, v, self.positions, self.real)
         return out.to(self.v.dtype)
 
     def _slots(self, pattern: LivePattern, buffer: Tensor, newest: Tensor) -> Tensor:
