@@ -1,5 +1,7 @@
 """The public functions of collinear attention: checks, choice of the backend, call."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,36 @@ from farspan.ops.collinear.torch import collinear_attention_fused
 FORMS = ("slack", "strict")
 TIES = ("rotary", "head")
 
-register("collinear_attention", reference=collinear_attention_reference, torch=collinear_attention_fused)
+
+def no_double(tensors: Sequence[Tensor]) -> str | None:
+    """Why the kernels cannot serve these tensors; None if they can."""
+    return "the kernels compute in float32" if any(x.dtype == torch.float64 for x in tensors) else None
 
 
-def collinear_coefficients(raw: Tensor, rotary_dim: int | None = None, *, tie: str = "rotary") -> Tensor:
+def coefficients_by_means(raw: Tensor, rotary_dim: int, tie: str) -> Tensor:
+    """See `collinear_coefficients`."""
+    return torch.relu(tied_means(raw, rotary_dim, tie))
+
+
+register(
+    "collinear_attention",
+    reference=collinear_attention_reference,
+    torch=collinear_attention_fused,
+    triton="farspan.ops.collinear.triton:collinear_attention_triton",
+    triton_limits=no_double,
+)
+register(
+    "collinear_coefficients",
+    reference=coefficients_by_means,
+    torch=coefficients_by_means,
+    triton="farspan.ops.collinear.triton:collinear_coefficients_triton",
+    triton_limits=no_double,
+)
+
+
+def collinear_coefficients(
+    raw: Tensor, rotary_dim: int | None = None, *, tie: str = "rotary", backend: str = "auto"
+) -> Tensor:
     """One non-negative coefficient for every tied pair of channels, t = relu((raw_c + raw_c') / 2).
 
     Args:
@@ -24,6 +52,7 @@ def collinear_coefficients(raw: Tensor, rotary_dim: int | None = None, *, tie: s
         tie: which channels (c, c') are tied. `"rotary"`: the rotary pairs (j, j + r/2), and the halves of the channels
             that are not rotated. `"head"`: the halves of the whole head, (j, j + K/2), as the released GPT-NeoX code
             does; with r < K no rotary pair is tied then. The same for r = K.
+        backend: `"auto"`, `"reference"`, `"torch"` (the same function) or `"triton"`.
 
     Returns:
         t, `[B, S, G, K/2]` in raw's dtype: all that a cache of keys must keep. For a raw pair whose mean is not
@@ -31,7 +60,8 @@ def collinear_coefficients(raw: Tensor, rotary_dim: int | None = None, *, tie: s
 
     Raises:
         ShapeError: K or r is odd, or r exceeds K.
-        ConfigError: for an unknown tie.
+        ConfigError: for an unknown tie or backend.
+        BackendUnavailable: for a named backend that cannot serve.
 
     Cost:
         O(S·G·K).
@@ -57,7 +87,8 @@ def collinear_coefficients(raw: Tensor, rotary_dim: int | None = None, *, tie: s
             f"collinear_coefficients: K={width} channels with rotary_dim={rotary_dim} cannot be tied in pairs; both "
             "must be even, and rotary_dim at most K."
         )
-    return torch.relu(tied_means(raw, rotary_dim, tie))
+    t: Tensor = resolve("collinear_coefficients", backend, (raw,))(raw, rotary_dim, tie)
+    return t
 
 
 def collinear_attention(
@@ -97,7 +128,7 @@ def collinear_attention(
         tie: as for `collinear_coefficients`. The strict form needs tied rotary pairs: `"rotary"`, or r = K.
         scale: factor on the scores; None is K^−½, whatever r is.
         causal, window, key_mask, cu_seqlens: which key a query sees, as for `softmax_attention`.
-        backend: `"auto"`, `"reference"` or `"torch"`.
+        backend: `"auto"`, `"reference"`, `"torch"` or `"triton"` (one kernel makes query and key).
 
     Returns:
         `[B, T, H, V]` in v's dtype.

@@ -8,11 +8,18 @@ from farspan.errors import ConfigError, ShapeError
 from farspan.ops import varlen
 from farspan.ops._backend import register, resolve
 from farspan.ops._contract import Contract
+from farspan.ops.dilated.limits import kernel_limits, option_limits
 from farspan.ops.dilated.patterns import OFFSET_RULES, PAD_MODES, DilatedSettings
 from farspan.ops.dilated.reference import dilated_attention_reference
 from farspan.ops.dilated.torch import dilated_attention_strided
 
-register("dilated_attention", reference=dilated_attention_reference, torch=dilated_attention_strided)
+register(
+    "dilated_attention",
+    reference=dilated_attention_reference,
+    torch=dilated_attention_strided,
+    triton="farspan.ops.dilated.triton:dilated_attention_triton",
+    triton_limits=kernel_limits,
+)
 
 
 def check_patterns(segment_lengths: Sequence[int], dilations: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -80,7 +87,8 @@ def dilated_attention(
         pad_mode: `"mask"`: a ragged segment has fewer keys. `"zero_keys"`: what torchscale computes, for its weights,
             see the note.
         cu_seqlens: `[num_seqs + 1]` int32 boundaries of documents packed in one row; segments restart in each.
-        backend: `"auto"`, `"reference"` or `"torch"`.
+        backend: `"auto"`, `"reference"`, `"torch"` or `"triton"` (cuDNN and kernels: 16 bit, V = K ≤ 128, no bias, no
+            dropout, not packed).
 
     Returns:
         `[B, T, H, V]` in v's dtype.
@@ -143,22 +151,18 @@ def dilated_attention(
                 f"dilated_attention: distance_bias has {sizes['R']} distances; expected an odd number of at least "
                 f"{2 * reach - 1}, with distance 0 in the middle."
             )
-    implementation = resolve("dilated_attention", backend, (q, k, v))
-    return implementation(
-        q,
-        k,
-        v,
-        DilatedSettings(
-            patterns=patterns,
-            head_offset=head_offset,
-            causal=causal,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            dropout=dropout,
-            detach_mixture_weights=detach_mixture_weights,
-            zero_keys=pad_mode == "zero_keys",
-            distance_bias=distance_bias,
-            frequencies=frequencies,
-            growth=growth,
-        ),
-        spans,
+    settings = DilatedSettings(
+        patterns=patterns,
+        head_offset=head_offset,
+        causal=causal,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        dropout=dropout,
+        detach_mixture_weights=detach_mixture_weights,
+        zero_keys=pad_mode == "zero_keys",
+        distance_bias=distance_bias,
+        frequencies=frequencies,
+        growth=growth,
     )
+    beyond_kernels = option_limits(settings, spans)
+    implementation = resolve("dilated_attention", backend, (q, k, v), beyond_kernels=beyond_kernels)
+    return implementation(q, k, v, settings, spans)

@@ -1,0 +1,259 @@
+"""Dilated attention on a GPU: cuDNN on strided views, one call a box, and Triton kernels that join the boxes.
+
+The mixture is one softmax over all keys, so the gradient of each box follows from the merged output and the global
+log-sum-exp alone: q, k, v, the output and one number per row and head are all that is kept. Nothing is gathered; boxes
+are joined stretch by stretch, which bounds what they take in between.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from farspan.ops._contract import plain_backward, without_autocast
+from farspan.ops._library import register_node
+from farspan.ops.dilated import cudnn, kernels
+from farspan.ops.dilated.boxes import Box, boxes, runs, stretches
+from farspan.ops.dilated.patterns import DilatedSettings, Span
+from farspan.ops.dilated.rotation import rotate
+
+# Numbers of one tensor whose boxes are held at once, forward and backward, and segments times heads of one call.
+FORWARD, BACKWARD, CALL = 3 << 28, 9 << 23, 1 << 15
+BLOCK = 64
+
+
+def dilated_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, spans: Sequence[Span]
+) -> Tensor:
+    """See `dilated_attention`; serves what `settings_limits` lets pass."""
+    if q.numel() == 0:
+        return torch.zeros_like(q)
+    group = q.shape[2] // k.shape[2]
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    with without_autocast(q):
+        k, v = (x if group == 1 else x.repeat_interleave(group, dim=2) for x in (k, v))
+        q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
+        out: Tensor = _Boxes.apply(q, k, v, settings)
+    return out
+
+
+class _Boxes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings) -> Tensor:
+        out, lse = forward_node(q, k, v, *_arguments(settings))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.settings = settings
+        return out
+
+    @staticmethod
+    @plain_backward
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        detach = ctx.settings.detach_mixture_weights
+        gradients = backward_node(grad.contiguous(), *ctx.saved_tensors, *_arguments(ctx.settings), detach)
+        return (*gradients, None)
+
+
+def _arguments(settings: DilatedSettings) -> tuple[Any, ...]:
+    """The settings as arguments of a node."""
+    segments, dilations = (list(numbers) for numbers in zip(*settings.patterns, strict=True))
+    positions = (settings.frequencies, settings.growth)
+    return (*positions, segments, dilations, settings.head_offset, settings.causal, float(settings.scale))
+
+
+class _Call(NamedTuple):
+    """One call: its settings, with segments no longer than a sequence, and the sizes of its tensors."""
+
+    settings: DilatedSettings
+    batch: int
+    length: int
+    heads: int
+    width: int
+
+    @classmethod
+    def of(cls, q: Tensor, *arguments: Any) -> "_Call":
+        frequencies, growth, segments, dilations, rule, causal, scale = arguments
+        patterns = tuple((min(w, q.shape[1]), r) for w, r in zip(segments, dilations, strict=True))
+        settings = DilatedSettings(patterns, rule, causal=causal, scale=scale, frequencies=frequencies, growth=growth)
+        return cls(settings, *q.shape)
+
+    def base(self) -> Box | None:
+        """A pattern that takes every row of every head in one call: the others are added to what it gives."""
+        tokens = self.batch * self.length
+        for segment, dilation in self.settings.patterns if len(self.settings.patterns) > 1 else ():
+            if dilation == 1 and self.length % segment == 0 and tokens // segment * self.heads <= CALL:
+                (box,) = boxes([(segment, 1)], "none", self.heads, 0, tokens)
+                return box
+        return None
+
+    def stretches(self, numbers: int, base: Box | None) -> list[tuple[int, int, list[Box]]]:
+        """Stretches of tokens, of so many numbers each, and their boxes without the base."""
+        patterns = list(self.settings.patterns)
+        tokens = min(numbers // (self.heads * self.width), CALL // self.heads * min(w for w, _ in patterns))
+        if base is not None:
+            patterns.remove((base.width, 1))
+        found = []
+        for run in runs(self.settings.patterns, self.batch, self.length):
+            for start, stop in stretches(patterns, *run, tokens):
+                found.append((start, stop, list(boxes(patterns, self.settings.head_offset, self.heads, start, stop))))
+        return found
+
+    def tables(self, box: Box, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Rotations of a box's queries and keys, `[c, K/2]`: positions count from the middle of its segments."""
+        if self.settings.frequencies is None:
+            return None
+        rows = torch.arange(box.rows, device=device, dtype=torch.float64)
+        centred = (rows - (box.rows - 1) / 2) * box.dilation
+        return self.settings.rotations(centred, centred)
+
+    def grid(self, start: int, stop: int) -> tuple[int, int]:
+        return triton.cdiv(stop - start, BLOCK), self.heads
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    call, shape = _Call.of(q, *arguments), q.shape
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    base = call.base()
+    lse = torch.empty(call.heads, len(q), dtype=torch.float32, device=q.device)
+    if base is None:
+        out, base_lse = torch.empty_like(q), lse
+    else:
+        out, base_lse = _attend(call, base, q, k, v)
+        out = _laid(out).view(q.shape)
+    with torch.cuda.device_of(q):
+        for start, stop, some in call.stretches(FORWARD, base):
+            parts = [_attend(call, box, q, k, v) for box in some]
+            kernels.merge_kernel[call.grid(start, stop)](
+                tuple(_laid(part) for part, _ in parts),
+                tuple(part_lse.contiguous() for _, part_lse in parts),
+                _table(tuple(some), q.device),
+                out,
+                lse,
+                base_lse,
+                start,
+                stop,
+                len(q),
+                call.heads,
+                BASE=0 if base is None else base.width,
+                **_sizes(call, some),
+            )
+    return out.view(shape), lse
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    (*options, detach), shape = arguments, q.shape
+    call = _Call.of(q, *options)
+    grad, q, k, v, out = (x.flatten(0, 1) for x in (grad, q, k, v, out))
+    gradients = tuple(torch.empty_like(q) for _ in range(3))
+    with torch.cuda.device_of(q):
+        for start, stop, some in call.stretches(BACKWARD, None):
+            parts = [_attend_backward(call, box, grad, q, k, v, out, lse, detach) for box in some]
+            for index, gradient in enumerate(gradients):
+                kernels.sum_kernel[call.grid(start, stop)](
+                    tuple(_laid(part[index]) for part in parts),
+                    _table(tuple(some), q.device),
+                    gradient,
+                    start,
+                    stop,
+                    call.heads,
+                    **_sizes(call, some),
+                )
+    dq, dk, dv = (x.view(shape) for x in gradients)
+    return dq, dk, dv
+
+
+def _attend(call: _Call, box: Box, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Output `[n, h, c, K]` and log-sum-exp `[n, h, c]` of a box."""
+    tables = call.tables(box, q.device)
+    rows = _turned(box, q, k, v, tables)
+    return cudnn.attend(*rows, call.settings.causal, call.settings.scale)
+
+
+def _attend_backward(
+    call: _Call,
+    box: Box,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    detach: bool,
+) -> list[Tensor]:
+    """Gradients `[n, h, c, K]` of a box, in the whole softmax or, detached, in its own with a constant share of it."""
+    causal, scale = call.settings.causal, call.settings.scale
+    tables = call.tables(box, q.device)
+    rows = _turned(box, q, k, v, tables)
+    given, result, total = box.of(grad), box.of(out), box.of_heads(lse).contiguous()
+    if detach:
+        result, own = cudnn.attend(*rows, causal, scale)
+        given, total = (own - total).exp().unsqueeze(-1) * given, own
+        given, result = (_like(rows[0], box, call.heads, x) for x in (given, result))
+    elif tables is not None:
+        given, result = given.contiguous(), result.contiguous()
+    gradients = list(cudnn.attend_backward(given, *rows, result, total, causal, scale))
+    if tables is not None:
+        for index, table in enumerate(tables):
+            gradients[index] = rotate(gradients[index], table.conj()).to(q.dtype)
+    return gradients
+
+
+def _turned(
+    box: Box, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a box: in place or, where positions turn them, copies of one pattern of strides."""
+    queries, keys, values = box.of(q), box.of(k), box.of(v)
+    if tables is not None:
+        queries, keys = (rotate(x, table).to(q.dtype) for x, table in zip((queries, keys), tables, strict=True))
+        values = values.contiguous()
+    return queries, keys, values
+
+
+def _like(rows: Tensor, box: Box, heads: int, x: Tensor) -> Tensor:
+    """A copy of x, `[n, h, c, K]`, with the strides of the box's rows."""
+    if rows.is_contiguous():
+        return x.to(rows.dtype).contiguous()
+    room = rows.new_empty(box.count * box.width, heads, rows.shape[3])
+    return replace(box, start=0).of(room).copy_(x)
+
+
+def _laid(x: Tensor) -> Tensor:
+    """`[n, h, c, K]` as contiguous `[n, c, h, K]`, which is how cuDNN lays out what it computes from strided rows."""
+    return x.transpose(1, 2).contiguous()
+
+
+def _sizes(call: _Call, some: list[Box]) -> dict[str, Any]:
+    return {
+        "PERIODS": tuple(box.period for box in some), "DILATIONS": tuple(box.dilation for box in some), "D": call.width,
+        "BT": BLOCK, "BD": triton.next_power_of_2(call.width), "NUMBERS": 8, "num_warps": 4,
+    }  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def _table(some: tuple[Box, ...], device: torch.device) -> Tensor:
+    return torch.tensor([box.numbers() for box in some], dtype=torch.int32).to(device)
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[2], q.shape[0] * q.shape[1], dtype=torch.float32)
+
+
+def _gradient_shapes(grad: Tensor, q: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(q), torch.empty_like(q)
+
+
+_OPTIONS = "Tensor? frequencies, Tensor? growth, int[] segments, int[] dilations, str rule, bool causal, float scale"
+forward_node = register_node(
+    f"dilated_boxes(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)", _forward, _shapes
+)
+backward_node = register_node(
+    f"dilated_boxes_gradient(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}, "
+    "bool detach) -> (Tensor dq, Tensor dk, Tensor dv)",
+    _backward,
+    _gradient_shapes,
+)

@@ -1,0 +1,94 @@
+"""The joining kernels of dilated attention in Triton's interpreter, with formed scores where a GPU has cuDNN."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.nn.positions import xpos_rates
+from farspan.ops import dilated_attention
+from farspan.ops.dilated import cudnn
+from farspan.ops.dilated import triton as kernels
+from farspan.ops.dilated.patterns import DilatedSettings
+from tests import tolerances
+from tests.ops.checks import assert_close
+
+LONGNET = [(8, 1), (16, 2), (32, 4), (32, 12)]
+CASES = {
+    "longnet": (40, 12, LONGNET, 1),
+    "ragged": (75, 4, [(9, 1), (20, 3), (70, 6)], 2),
+    "one pattern": (40, 3, [(16, 1)], 1),
+    "uncovered rows": (50, 2, [(16, 4), (50, 7)], 2),
+    "more dilation than heads": (33, 2, [(11, 1), (33, 9)], 1),
+    "batch side by side": (32, 5, [(8, 1), (16, 2)], 3),
+    "twice the same": (24, 2, [(8, 1), (8, 1), (24, 2)], 1),
+    "one token": (1, 2, [(8, 1), (24, 2)], 2),
+}
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudnn, "SHORTEST", 1 << 30)
+
+
+def results(call: object, tensors: list[Tensor]) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out = call(*leaves)  # type: ignore[operator]
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)]
+
+
+def compare(tensors: list[Tensor], patterns: list[tuple[int, int]], **options: object) -> None:
+    segments, dilations = (list(numbers) for numbers in zip(*patterns, strict=True))
+    want = results(
+        lambda q, k, v: dilated_attention(
+            q, k, v, segment_lengths=segments, dilations=dilations, backend="reference", **options
+        ),
+        tensors,
+    )
+    settings = DilatedSettings(tuple(patterns), scale=tensors[0].shape[-1] ** -0.5, **options)
+    got = results(
+        lambda q, k, v: kernels.dilated_attention_triton(q, k, v, settings, [(0, q.shape[1])]),
+        [x.float() for x in tensors],
+    )
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
+        assert_close(a, b, tolerances.FLOAT32, name, largest=torch.ones(()))
+
+
+def make(length: int, heads: int, batch: int, groups: int | None = None, width: int = 6) -> list[Tensor]:
+    return [torch.randn(batch, length, h, width).double() for h in (heads, groups or heads, groups or heads)]
+
+
+@pytest.mark.parametrize("rule", ["mod", "block", "none"])
+@pytest.mark.parametrize("case", CASES)
+def test_boxes_match_reference(case: str, rule: str) -> None:
+    length, heads, patterns, batch = CASES[case]
+    compare(make(length, heads, batch), patterns, head_offset=rule, causal=case != "ragged")
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_stretches_do_not_show(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "FORWARD", tokens * 4 * 6)
+    monkeypatch.setattr(kernels, "BACKWARD", tokens * 4 * 6)
+    compare(make(75, 4, 1), [(8, 1), (16, 4)])
+    compare(make(64, 4, 2), [(8, 1), (16, 4)], causal=False)
+
+
+@pytest.mark.parametrize("rule", ["mod", "block"])
+def test_detached_mixture_matches_reference(rule: str) -> None:
+    compare(make(50, 4, 1), [(10, 1), (30, 3)], head_offset=rule, detach_mixture_weights=True)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_rotations_match_reference(detach: bool) -> None:
+    frequencies, growth = xpos_rates(6, 64, 40)
+    rates = {"frequencies": frequencies, "growth": growth}
+    compare(make(40, 4, 1), [(10, 1), (40, 3)], detach_mixture_weights=detach, **rates)
+
+
+def test_shared_key_heads_match_reference() -> None:
+    compare(make(40, 4, 1, groups=2), [(10, 1), (40, 3)])
+
+
+def test_nothing_in_nothing_out() -> None:
+    q = torch.zeros(2, 0, 3, 8)
+    assert kernels.dilated_attention_triton(q, q, q, DilatedSettings(((4, 1),)), [(0, 0)]).shape == q.shape
