@@ -274,6 +274,13 @@ def test_what_goes_along(tmp_path: Path) -> None:
     assert "tokenizer is code of its own" in convert(source, dry_run=True).notes[-1]
 
 
+def test_a_negative_token_is_none_and_comes_back(tmp_path: Path) -> None:
+    source, _ = published("llama", tmp_path, pad_token_id=-1)
+    assert convert(source, tmp_path / "ours").config["pad_token_id"] is None
+    back(tmp_path)
+    assert config_of(tmp_path / "back")["pad_token_id"] == -1
+
+
 def test_a_trained_model_goes_back_with_its_changes(tmp_path: Path) -> None:
     source, state = published("gptj", tmp_path, some_note="kept")
     convert(source, tmp_path / "ours")

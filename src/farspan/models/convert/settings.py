@@ -48,8 +48,12 @@ def refuse_other(config: Mapping[str, Any], accepted: Mapping[str, tuple[Any, ..
 
 
 def shared_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens and names of classes that a published configuration holds, as fields of ours."""
+    """Special tokens and names of classes that a published configuration holds, as fields of ours.
+
+    A negative token, as the padding of the first LLaMA, means that there is none.
+    """
     found = {name: config[name] for name in _SHARED if name in config}
+    found |= {name: None for name, value in found.items() if isinstance(value, int) and value < 0}
     if found.get("id2label") is None and "num_labels" in config:
         found["num_labels"] = config["num_labels"]
     return found
