@@ -29,8 +29,6 @@ CASES = {
     "state_space_duality": (state_space_duality, ("x", "dt", "a", "b", "c", "d")),
     "short_convolution": (short_convolution, ("x", "weight", "bias")),
 }
-# The convolution is a few shifted products, which the compiler fuses with what surrounds them.
-WITHOUT_NODES = {"short_convolution"}
 
 
 def make(op: Callable[..., Any], names: tuple[str, ...], batch: int, sequences: int) -> dict[str, Tensor]:
@@ -76,7 +74,7 @@ def test_one_node_forward_and_one_backward(name: str, packed: bool) -> None:
 
     run, seen = compiled(call)
     assert_same(outputs_and_gradients(run, x), outputs_and_gradients(call, x), tolerances.FLOAT32)
-    assert [len(nodes) for nodes in seen] == ([0, 0] if name in WITHOUT_NODES else [1, 1])
+    assert [len(nodes) for nodes in seen] == [1, 1]
 
 
 def test_lengths_may_vary_without_new_graphs() -> None:

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from farspan.ops import gated_linear_attention, metala_attention
+from farspan.ops import cosine_attention, gated_linear_attention, metala_attention, state_space_duality
 from tests import tolerances
-from tests.ops import test_gated_linear, test_metala
+from tests.ops import test_cosine, test_gated_linear, test_metala, test_ssd
 from tests.ops.checks import Named, assert_same, boundaries, outputs_and_gradients
 
 pytestmark = [
@@ -24,7 +24,7 @@ FORMS = [
 
 def on_gpu(tensors: Named, dtype: torch.dtype) -> Named:
     """Everything in `dtype` but states and decays, which stay in float32."""
-    exact = {"log_decay", "initial_state", "augmentation"}
+    exact = {"log_decay", "initial_state", "augmentation", "exponent", "dt", "a", "d", "dt_bias"}
     return {
         name: None if x is None else x.to("cuda", torch.float32 if name in exact else dtype)
         for name, x in tensors.items()
@@ -40,7 +40,7 @@ def compare(op: partial, x: Named, tolerance: float) -> None:
     got = outputs_and_gradients(lambda **t: tuple(y.cpu() for y in op(backend="triton", **t)), x)
     want = outputs_and_gradients(lambda **t: tuple(y.cpu() for y in op(backend="torch", **t)), double(x))
     got, want = ({name: tensor.cpu() for name, tensor in results.items()} for results in (got, want))
-    if x["q"].dtype == torch.float16:
+    if "q" in x and x["q"].dtype == torch.float16:
         # A gradient below float16's smallest number is what is left of q dq - k dk, and rounds as these terms do.
         limits = torch.finfo(torch.float16)
         term = float((x["q"].cpu().double() * want["d_q"]).abs().max())
@@ -91,3 +91,80 @@ def test_repeated_calls_agree(widths: tuple[int, int]) -> None:
         results = [out, state, *torch.autograd.grad([out.float().sum() + state.sum()], inputs)]
         first = first or results
         assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True))
+
+
+LENGTHS = [1, 63, 64, 65, 1000, 4097]
+TOLERANCE = {torch.float32: tolerances.FLOAT32, torch.bfloat16: 2 * tolerances.BFLOAT16}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("norm_position", ["value", "query"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_cosine_matches_torch(length: int, norm_position: str, dtype: torch.dtype) -> None:
+    x = on_gpu(test_cosine.make(length), dtype)
+    count = torch.tensor([3, 0], device="cuda")
+    op = partial(cosine_attention, output_final_state=True, initial_count=count, norm_position=norm_position)
+    compare(op, x, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_state_space_duality_matches_torch(length: int, groups: int, dtype: torch.dtype) -> None:
+    x = on_gpu(test_ssd.make(length, groups=groups), dtype)
+    x["dt"] = x["dt"] - 3  # steps of which the memory holds many
+    op = partial(state_space_duality, output_final_state=True)
+    if dtype == torch.bfloat16:
+        # Their gradients are sums over all tokens, with either sign, of what d_dt shows one by one.
+        op = partial(op, a=x.pop("a"), dt_bias=x.pop("dt_bias"))
+    compare(op, x, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_packed_cosine_and_duality_match_torch(dtype: torch.dtype) -> None:
+    lengths = [700, 0, 1, 64, 1300, 63]
+    packed = {"cu_seqlens": boundaries(lengths).cuda(), "output_final_state": True}
+    x = on_gpu(test_cosine.make(sum(lengths), batch=1, sequences=len(lengths)), dtype)
+    count = torch.arange(len(lengths), device="cuda")
+    compare(partial(cosine_attention, initial_count=count, **packed), x, TOLERANCE[dtype])
+    x = on_gpu(test_ssd.make(sum(lengths), batch=1, sequences=len(lengths)), dtype)
+    x["dt"] = x["dt"] - 3
+    compare(partial(state_space_duality, **packed), x, TOLERANCE[dtype])
+
+
+def cases() -> dict[str, tuple[partial, Named]]:
+    """An ordinary call of each operator with kernels."""
+    count = torch.tensor([3, 0], device="cuda")
+    made = {
+        "gated_linear": (gated_linear_attention, test_gated_linear.make(700, heads=3, width=64, value_width=128)),
+        "metala": (metala_attention, test_metala.make(700)),
+        "cosine": (partial(cosine_attention, initial_count=count), test_cosine.make(700)),
+        "duality": (state_space_duality, test_ssd.make(700, groups=1)),
+    }
+    return {name: (partial(op, output_final_state=True), on_gpu(x, torch.bfloat16)) for name, (op, x) in made.items()}
+
+
+def results(op: partial, x: Named) -> list[torch.Tensor]:
+    leaves = {name: None if t is None else t.detach().requires_grad_() for name, t in x.items()}
+    out, state = op(**leaves)
+    inputs = [leaf for leaf in leaves.values() if leaf is not None]
+    return [out, state, *torch.autograd.grad(out.float().square().sum() + state.sum(), inputs)]
+
+
+def test_two_hundred_launches_between_other_kernels_agree() -> None:
+    made = cases()
+    first = {name: results(*case) for name, case in made.items()}
+    a = torch.randn(1024, 1024, device="cuda", dtype=torch.bfloat16)
+    for _ in range(200):
+        a = torch.softmax(a @ a, -1)
+        for name, case in made.items():
+            assert all(torch.equal(x, y) for x, y in zip(results(*case), first[name], strict=True)), name
+
+
+@pytest.mark.parametrize("name", ["gated_linear", "metala", "cosine", "duality"])
+def test_the_compiler_sees_one_graph(name: str) -> None:
+    op, x = cases()[name]
+    want = results(op, x)
+    got = results(torch.compile(op, fullgraph=True, backend="aot_eager"), x)
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2)
