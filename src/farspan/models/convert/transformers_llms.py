@@ -106,8 +106,10 @@ def read_rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> tupl
     found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = found.pop("rope_type", found.pop("type", "default"))
     found.pop("type", None)
-    theta = found.pop("rope_theta", config.get("rope_theta", config.get("rotary_emb_base", default_theta)))
-    share = found.pop("partial_rotary_factor", config.get("partial_rotary_factor", config.get("rotary_pct", 1.0)))
+    theta = first_of((found, config), ("rope_theta", "rotary_emb_base"), default_theta)
+    share = first_of((found, config), ("partial_rotary_factor", "rotary_pct"), 1.0)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        found.pop(name, None)
     if kind not in ("default", "linear", "dynamic", "yarn", "llama3"):
         raise CheckpointError(
             f"config.json has the rotation {kind!r}, which cannot be converted; accepted: 'default', 'linear', "
@@ -116,6 +118,11 @@ def read_rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> tupl
     if kind == "dynamic":  # transformers reads the trained length from max_position_embeddings alone
         found.pop("original_max_position_embeddings", None)
     return {"rope_type": kind, "rope_theta": float(theta), **found}, float(share)
+
+
+def first_of(places: tuple[Mapping[str, Any], ...], names: tuple[str, ...], default: Any) -> Any:
+    """The first value that one of some settings has; `default` if none of them is there."""
+    return next((place[name] for place in places for name in names if name in place), default)
 
 
 def rotated_share(share: float, head_dim: int) -> float:
@@ -138,7 +145,7 @@ def llama_fields(published: Published, prefix: str) -> dict[str, Any]:
         head, tied = "FarspanForSequenceClassification", False
         if fields.get("id2label") is None:
             fields["num_labels"] = shapes["score.weight"][0]
-    bias = f"{prefix}layers.0.mlp.gate_proj.bias" in shapes
+    bias = first_of((config,), ("mlp_bias",), f"{prefix}layers.0.mlp.gate_proj.bias" in shapes)
     return {
         "architectures": [head],
         "vocab_size": config.get("vocab_size", vocabulary),
@@ -148,7 +155,7 @@ def llama_fields(published: Published, prefix: str) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": config.get("num_key_value_heads") or heads,
         "hidden_act": our_activation(config.get("hidden_act", "silu")),
-        "max_position_embeddings": config.get("max_position_embeddings", config.get("max_sequence_length", 2048)),
+        "max_position_embeddings": first_of((config,), ("max_position_embeddings", "max_sequence_length"), 2048),
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "initializer_range": config.get("initializer_range", 0.02),
         "tie_word_embeddings": tied and head == "FarspanForCausalLM",
@@ -160,7 +167,8 @@ def llama_fields(published: Published, prefix: str) -> dict[str, Any]:
 
 def _softmax_options(published: Published, prefix: str, share: float) -> dict[str, Any]:
     options: dict[str, Any] = {}
-    if f"{prefix}layers.0.self_attn.q_proj.bias" in published.shapes:
+    stored = f"{prefix}layers.0.self_attn.q_proj.bias" in published.shapes
+    if first_of((published.config,), ("attention_bias",), stored):
         options["attention_bias"] = True
     if dropout := published.config.get("attention_dropout", 0.0):
         options["attention_dropout"] = dropout
