@@ -19,6 +19,7 @@ from farspan.models.convert import families
 from farspan.models.convert.names import to_published
 from farspan.models.modeling import FarspanPreTrainedModel
 from farspan.models.presets.cottention import bert_block, gptj_block
+from farspan.models.presets.doge import SEED_ATTENTION, doge_block
 from farspan.models.presets.longnet import longnet_block
 from farspan.models.presets.vision import gigapath_vision, longvit_vision
 
@@ -125,6 +126,20 @@ _SEED_EXPERTS: dict[str, Any] = {
         }
     },
 }
+
+
+def _doge(
+    attention: dict[str, Any], experts: dict[str, Any] | None = None, bias: bool = False, **fields: Any
+) -> FarspanConfig:
+    sizes = {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "architectures": ["FarspanForCausalLM"]}
+    block = doge_block({**attention, "attention_bias": bias}, experts, bias)
+    return FarspanConfig(**{**sizes, "tie_word_embeddings": True, **block, **fields})
+
+
+_GATE = {"num_experts": 16, "num_experts_per_tok": 4, "pool_aux_loss": True}
+_SEED_TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+_SMALL = {"keep_window_size": 8, "bias_heads": "query", "qk_norm": False}
+_NEWEST = {"keep_window_size": 8, "bias_form": "linear", "select": "topk_global"}
 _CLASSIFIER: dict[str, Any] = {"architectures": ["FarspanForSequenceClassification"], "num_labels": 3}
 
 TINY: dict[str, Callable[[], FarspanConfig]] = {
@@ -164,6 +179,21 @@ TINY: dict[str, Callable[[], FarspanConfig]] = {
     "coca-neox": lambda: _neox("collinear"),
     "cheems": lambda: _cheems(tie_word_embeddings=True),
     "cheems/experts": lambda: _cheems(**_SEED_EXPERTS),
+    "doge-seed": lambda: _doge(SEED_ATTENTION, **_SEED_TOKENS, rope_parameters={"rope_type": "dynamic", "factor": 4.0}),
+    "doge-seed/experts": lambda: _doge(SEED_ATTENTION, **_SEED_TOKENS, **_SEED_EXPERTS),
+    "doge-seed/classifier": lambda: _doge(
+        SEED_ATTENTION, bias=True, **{**_SEED_TOKENS, **_CLASSIFIER, "tie_word_embeddings": False}
+    ),
+    "doge-small": lambda: _doge(_SMALL, rope_parameters={"rope_type": "linear", "factor": 2.0}),
+    "doge": lambda: _doge(
+        {"keep_window_size": 4, "sliding_window": 6}, tie_word_embeddings=False, bias=True, hidden_dropout=0.1
+    ),
+    "doge/classifier": lambda: _doge({}, head_dim=12, **{**_CLASSIFIER, "tie_word_embeddings": False}),
+    "doge/stack": lambda: _doge({}, architectures=["FarspanModel"], tie_word_embeddings=False),
+    "doge/newest": lambda: _doge(_NEWEST),
+    "doge-moe": lambda: _doge({}, {**_GATE, "token_mixing": True, "router_aux_loss_coef": 0.0}),
+    "doge-moe/balanced": lambda: _doge(_SMALL, {**_GATE, "unreachable_experts": 1, "router_aux_loss_coef": 0.1}),
+    "doge-moe/newest": lambda: _doge(_NEWEST, _GATE, tie_word_embeddings=False),
     "longnet-decoder": lambda: _longnet(),
     "longnet-decoder/deepnorm": lambda: _longnet(
         **longnet_block([8, 16], [1, 3], norm_place="pre", sub_norm=False, norm_eps=1e-6),

@@ -12,7 +12,7 @@ from farspan.models.presets.preset import Preset
 
 __all__ = ["Preset", "find", "get", "names"]
 
-_MODULES = ("small", "benchmark", "cottention", "metala", "longnet", "vision", "coca", "cheems")
+_MODULES = ("small", "benchmark", "cottention", "metala", "longnet", "vision", "coca", "doge", "cheems")
 
 
 def _all() -> dict[str, Preset]:
