@@ -34,7 +34,7 @@ class BackendUnavailable(FarspanError, RuntimeError):
 
 def nearest(name: str, accepted: Iterable[str]) -> str:
     """Ends an error message about an unknown `name`: the nearest of the `accepted` names, then all of them."""
-    names = sorted(accepted)
+    names = sorted(set(accepted))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}Accepted: {', '.join(names) if names else 'none'}."

@@ -31,6 +31,26 @@ def test_json_round_trip(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"norm_place": "sub", "feed_forwards": ["mlp"]},
+        {"norm_place": "post", "residual_scaling": "deepnorm", "pooler": True},
+        {"causal": False, "mixers": ["cosine"], "num_labels": 3, "problem_type": "regression"},
+        {"id2label": {0: "no", 1: "yes"}, "num_labels": 2},
+    ],
+)
+def test_filled_defaults_survive_json(fields: dict, tmp_path) -> None:
+    config = FarspanConfig(**fields)
+    config.save_pretrained(tmp_path)
+    for again in (FarspanConfig.from_pretrained(tmp_path), FarspanConfig.from_dict(config.to_dict())):
+        assert again.to_dict() == config.to_dict()
+        for name, value in fields.items():
+            assert getattr(again, name) == getattr(config, name)
+            assert value == getattr(again, name) or name in ("feed_forwards", "mixers")
+        assert (again.final_norm, again.classifier_pooling) == (config.final_norm, config.classifier_pooling)
+
+
+@pytest.mark.parametrize(
     ("fields", "words"),
     [
         ({"mixers": ["metalla"]}, "did you mean 'metala'"),
@@ -52,7 +72,13 @@ def test_json_round_trip(tmp_path) -> None:
         ({"rope_parameters": {"rope_theta": -1}}, "rope_theta=-1 must be a positive number"),
         ({"mixers": ["metala"], "mixer_options": {"metala": {"convsize": 4}}}, "did you mean 'conv_size'"),
         ({"mixers": ["metala"], "mixer_options": {"metala": {"conv_size": 0}}}, "conv_size=0 must be at least 1"),
-        ({"mixers": ["metala"], "mixer_options": {"softmax": {}}}, "options for 'softmax', which no layer uses"),
+        (
+            {"mixers": ["metala"], "mixer_options": {"softmax": {}}},
+            "'softmax', which no layer uses: Accepted: metala.$",
+        ),
+        ({"problem_type": "ranking"}, "problem_type='ranking' is of the wrong type; accepted: 'regression' or"),
+        ({"num_labels": -1}, "num_labels=-1 is no number of classes"),
+        ({"num_labels": "3"}, "num_labels='3' is no number of classes"),
         ({"mixer_options": {"softmax": {"sliding_window": 0}}}, "sliding_window=0"),
         ({"mixer_options": {"softmax": {"sliding_window": 2.5}}}, "accepted: int or null"),
         ({"mixer_options": {"softmax": {"attention_bias": "false"}}}, "accepted: bool"),

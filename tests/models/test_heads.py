@@ -170,8 +170,24 @@ def test_problem_types_are_those_of_transformers(num_labels: int, labels: Tensor
     ],
 )
 def test_labels_of_another_form_are_refused(fields: dict, labels: Tensor, words: str) -> None:
+    model = tiny(FarspanForSequenceClassification, **fields)
     with pytest.raises(ShapeError, match=words):
-        tiny(FarspanForSequenceClassification, **fields)(ids(3, 6), labels=labels)
+        model(ids(3, 6), labels=labels)
+    assert model.config.problem_type is None  # what does not fit decides nothing
+
+
+def test_tokens_have_classes_whatever_else_is_learnt() -> None:
+    model, tokens = tiny(FarspanForTokenClassification, problem_type="regression"), ids(2, 6)
+    out = model(tokens, labels=tokens % 3)
+    assert_close(out.loss, cross_entropy(out.logits.flatten(0, 1), (tokens % 3).flatten()))
+    assert model.config.problem_type == "regression"
+
+
+def test_without_classes_nothing_is_learnt() -> None:
+    model = tiny(FarspanForSequenceClassification, num_labels=0)
+    assert model(ids(3, 6)).logits.shape == (3, 32)
+    with pytest.raises(ConfigError, match="num_labels=0 has no classes"):
+        model(ids(3, 6), labels=torch.zeros(3, dtype=torch.long))
 
 
 def test_labels_of_tokens_are_checked() -> None:
@@ -225,6 +241,7 @@ def test_a_text_without_tokens_pools_to_zero() -> None:
         assert torch.equal(packed[0], model.classifier.bias) and torch.equal(packed[2], model.classifier.bias)
         padded = model(tokens.expand(2, -1), attention_mask=mask).logits
         assert_close(padded, packed[[1, 0]], atol=tolerances.FLOAT32, rtol=0)
+        assert torch.equal(model(tokens[:, :0]).logits, packed[:1])
 
 
 def test_packed_documents_have_a_next_sentence_each() -> None:

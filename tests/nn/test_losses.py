@@ -63,6 +63,12 @@ def test_losses_of_classifiers_are_means_over_any_leading_shape(problem_type: st
     torch.testing.assert_close(classification_loss(logits, labels, problem_type, num_items=7), want / 7)
 
 
+@pytest.mark.parametrize("wrong", [2, -100, -0.5])
+def test_several_labels_are_zero_to_one(wrong: float) -> None:
+    with pytest.raises(ShapeError, match=f"labels hold {wrong}; multi_label_classification expects 0 or 1"):
+        classification_loss(torch.zeros(1, 3), torch.tensor([[0, 1, wrong]]), "multi_label_classification")
+
+
 def test_unknown_problem_type() -> None:
     with pytest.raises(ConfigError, match="did you mean 'regression'"):
         classification_loss(torch.zeros(2, 1), torch.zeros(2), "regresion")

@@ -88,6 +88,7 @@ class FarspanConfig(PreTrainedConfig):
             class token) or `mean`.
         classifier_bias: whether classifiers have a bias.
         classifier_dropout: dropout before classifiers.
+        problem_type: what classifiers of texts and images learn; None is decided by the first labels.
         vision: fields of `VisionOptions` for models that read images or features of their tiles; None for text.
         causal: whether a token sees only its past. False needs mixers that can look both ways.
         initializer_range: standard deviation of linear and embedding weights at initialisation.
@@ -142,6 +143,7 @@ class FarspanConfig(PreTrainedConfig):
     classifier_pooling: Literal["last", "first", "mean", "pooler"] | None = None
     classifier_bias: bool = False
     classifier_dropout: float = 0.0
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
     vision: dict[str, Any] | None = None
     causal: bool = True
     initializer_range: float = 0.02
@@ -155,6 +157,9 @@ class FarspanConfig(PreTrainedConfig):
         for key in kwargs:
             if key not in _FOREIGN_KEYS:
                 raise ConfigError(f"Unknown config field {key!r}: {nearest(key, _own_fields())}")
+        classes = kwargs.get("num_labels")
+        if not fits(classes, int | None) or (classes or 0) < 0:
+            raise ConfigError(f"num_labels={classes!r} is no number of classes; accepted: 0 (no classifier) and above.")
         self._check_values()
         self._check_description()
         self._fill_defaults()

@@ -233,8 +233,13 @@ class Classifier(FarspanPreTrainedModel):
         logits = self.classifier(self.dropout(states))
         loss = None
         if labels is not None:
+            if not self.num_labels:
+                raise ConfigError("num_labels=0 has no classes to learn; set num_labels, or leave the labels out.")
             labels = labels.to(logits.device)
-            loss = classification_loss(logits, labels, self.problem_type(labels), num_items_in_batch)
+            problem = self.problem_type(labels)
+            loss = classification_loss(logits, labels, problem, num_items_in_batch)
+            if self.only_problem_type is None and self.config.problem_type is None:
+                self.config.problem_type = problem  # not before the labels have proved to fit
             if outputs.aux_loss is not None:
                 loss = loss + scored_share(labels, num_items_in_batch) * outputs.aux_loss
         output = self.output_class(
@@ -248,13 +253,14 @@ class Classifier(FarspanPreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
     output_class: type[ModelOutput]
+    # Of heads that learn one thing, whatever the configuration says.
+    only_problem_type: str | None = None
 
     def problem_type(self, labels: Tensor) -> str:
         """What is learnt."""
-        if self.config.problem_type is None:
-            several = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-            self.config.problem_type = "regression" if self.config.num_labels == 1 else several
-        return self.config.problem_type
+        known = self.only_problem_type or self.config.problem_type
+        several = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        return known or ("regression" if self.num_labels == 1 else several)
 
 
 class _TextClassifier(Classifier):
@@ -380,6 +386,7 @@ class FarspanForTokenClassification(_TextClassifier):
     """
 
     output_class = FarspanTokenClassifierOutput
+    only_problem_type = "single_label_classification"
 
     def _states(
         self,
@@ -390,6 +397,3 @@ class FarspanForTokenClassification(_TextClassifier):
     ) -> Tensor:
         assert outputs.last_hidden_state is not None
         return outputs.last_hidden_state
-
-    def problem_type(self, labels: Tensor) -> str:
-        return "single_label_classification"

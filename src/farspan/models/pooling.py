@@ -26,6 +26,8 @@ def pool(x: Tensor, layout: SequenceLayout, how: str) -> Tensor:
     if layout.cu_seqlens is not None:
         return _pool_documents(x[0], layout.cu_seqlens, how)
     mask = layout.padding_mask
+    if not x.shape[1]:
+        return x.sum(1)
     if mask is None:
         return x.mean(1) if how == "mean" else x[:, 0 if how == "first" else -1]
     count = mask.sum(-1, keepdim=True)

@@ -190,7 +190,7 @@ def classification_loss(
         Scalar float32 (float64 for float64 input).
 
     Raises:
-        ShapeError: for labels of another shape, and for classes that do not exist.
+        ShapeError: for labels of another shape, classes that do not exist, and several labels that are not in [0, 1].
         ConfigError: for an unknown problem type.
     """
     wide = logits.double() if logits.dtype == torch.float64 else logits.float()
@@ -206,6 +206,12 @@ def classification_loss(
         if classes == 1 and labels.shape == logits.shape[:-1]:
             labels = labels.unsqueeze(-1)
         _check_shape(labels, logits.shape, problem_type)
+        if problem_type == "multi_label_classification" and not torch.compiler.is_compiling():
+            wrong = (labels < 0) | (labels > 1)
+            if bool(wrong.any()):
+                raise ShapeError(
+                    f"labels hold {labels[wrong][0].item()}; {problem_type} expects 0 or 1 for each label."
+                )
         total = _ELEMENTWISE[problem_type](wide, labels.to(wide.dtype), reduction="sum")
         count = max(labels.numel(), 1)
     else:
@@ -222,7 +228,10 @@ _ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
 
 def _check_shape(labels: Tensor, expected: torch.Size, problem_type: str) -> None:
     if labels.shape != expected:
-        raise ShapeError(f"labels have shape {list(labels.shape)}; {problem_type} expects {list(expected)}.")
+        raise ShapeError(
+            f"labels have shape {list(labels.shape)}; {problem_type} expects {list(expected)}. They are "
+            f"{labels.dtype}: where config.problem_type is not set, integers are classes, floats several labels at once."
+        )
 
 
 def scored_share(labels: Tensor, num_items: int | Tensor | None) -> Tensor | float:
