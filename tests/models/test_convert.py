@@ -208,6 +208,9 @@ def test_copies_and_buffers_come_back_as_they_were(tmp_path: Path) -> None:
     done = convert(source, tmp_path / "a" / "ours")
     assert done.derived == scales[:1]
     assert same(back(tmp_path / "a"), state)
+    narrow = back(tmp_path / "a", dtype=torch.bfloat16, overwrite=True)
+    kinds = {name: torch.float16 if name == scales[0] else torch.bfloat16 for name in state}  # a buffer stays as it was
+    assert {name: x.dtype for name, x in narrow.items()} == kinds
 
     source, state = published("bert", tmp_path / "b")
     del state["cls.predictions.decoder.weight"]
@@ -247,6 +250,8 @@ def test_types_are_kept_or_changed(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "wide").dtype == torch.float64
     convert(tmp_path / "wide", tmp_path / "wide-back", to="original")
     assert config_of(tmp_path / "wide-back")["torch_dtype"] == "float64"
+    convert(tmp_path / "wide", tmp_path / "wide-back", to="original", dtype=torch.bfloat16, overwrite=True)
+    assert config_of(tmp_path / "wide-back")["torch_dtype"] == "bfloat16"
 
     state["model.embed_tokens.weight"] = torch.full((61, 32), 1e5)
     save_published(source, config_of(source), state)

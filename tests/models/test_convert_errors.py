@@ -196,6 +196,10 @@ CASES = {
     "a tensor too many": case(
         tensors(lambda state: state.update(lora=torch.zeros(1))), "(--family metala): 1 not known (lora)."
     ),
+    "a tensor under two names": case(
+        tensors(lambda state: state.update({"LayerNorm.gamma": torch.ones(1), "LayerNorm.weight": torch.ones(1)})),
+        "has tensors under their old and their new names: LayerNorm.",
+    ),
     "integers": case(
         tensors(lambda state: state.update({GATE: state[GATE].to(torch.int8)})),
         f"{GATE} in model.safetensors is int8, as 1 parameters are; accepted: float16",

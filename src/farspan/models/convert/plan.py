@@ -74,6 +74,15 @@ class Plan:
     unread: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
 
+    def cast(self, dtype: torch.dtype | None) -> None:
+        """Chooses the type of the written parameters, None keeps theirs, and says it in the configuration."""
+        if dtype is not None:
+            kept = set(self.derived)
+            self.outputs = {name: x if name in kept else x.to(dtype) for name, x in self.outputs.items()}
+        self.config.dtype = self.dtype
+        if not self.inward:
+            self.published |= {key: word(self.dtype) for key in ("dtype", "torch_dtype") if key in self.published}
+
     @property
     def rows(self) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
         """The map: published name, published shape, our names."""

@@ -47,6 +47,8 @@ def plan_in(source: Source, family: str | None = None) -> Plan:
     if source.config.get("model_type") == FarspanConfig.model_type:
         raise CheckpointError(f"{source.path} is a Farspan model already; --to original is the way back.")
     stored = {current_name(name): name for name in source.tensors}
+    if twice := set(source.tensors) - set(stored.values()):
+        raise CheckpointError(f"{source.path} has tensors under their old and their new names: {some(sorted(twice))}.")
     found = {name: source.tensors[raw] for name, raw in stored.items()}
     asked = _Asked(source.config)
     published = Published(asked, {name: x.shape for name, x in found.items()})

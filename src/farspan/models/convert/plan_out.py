@@ -22,10 +22,8 @@ from farspan.models.convert.plan import (
     check_tensors,
     head_of_its_own,
     in_order,
-    main_dtype,
     outputs,
     skeleton,
-    word,
     writing,
 )
 from farspan.models.convert.source import Source, read_json, some
@@ -95,8 +93,6 @@ def plan_out(source: Source, family: str | None = None) -> Plan:
     published, notes = _published_config(
         kind, config, {name: tuple(x.shape) for name, x in current.items()}, record.get("config"), record.get("untied")
     )
-    main = word(main_dtype((x.dtype, x.numel()) for x in written.values()))
-    published |= {key: main for key in ("dtype", "torch_dtype") if key in published}
     if record.get("ignored"):
         notes.append(f"Buffers without meaning are not written again: {some(record['ignored'])}.")
     return Plan(
@@ -224,4 +220,5 @@ def _expresses(family: Family, config: FarspanConfig, held: Mapping[str, Tensor]
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
-    return getattr(torch, name) if name else None
+    found = getattr(torch, name, None) if name else None
+    return found if isinstance(found, torch.dtype) else None

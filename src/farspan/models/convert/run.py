@@ -142,9 +142,7 @@ def convert(
         target = Path(destination)
         check_destination(opened.path, target, overwrite)
     plan = (plan_in if to == "farspan" else plan_out)(opened, family)
-    if dtype is not None:
-        plan.outputs = {name: x.to(dtype) for name, x in plan.outputs.items()}
-    plan.config.dtype = plan.dtype
+    plan.cast(dtype)
     files = travelling(opened.directory)
     if target is not None:
         _write(plan, target, files, max_shard_size, progress)
