@@ -325,8 +325,8 @@ def _current(published: Published, *, normed: bool | None = None, routed: bool) 
 
 _MIXING = (
     "The released code of Doge routes each token to its experts by the scores of other tokens of the batch, later ones "
-    "included. The model is converted as it was trained (token_mixing=true); if its router is the corrected one, write "
-    '"token_mixing": false into the config.json of the source.'
+    "included. Such models are converted as they were trained (token_mixing=true). One with the corrected router is "
+    'known by window_size in its config.json, or by "token_mixing": false, which you can write there.'
 )
 
 FAMILIES: tuple[Family, ...] = (
