@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from farspan.errors import ConfigError, ShapeError
 from farspan.mixers.cache import StateCache
 from farspan.models.decoding import Choice, capture_reason, decode, on_host
 from tests.models.conftest import tiny
@@ -69,6 +70,34 @@ def test_one_token_needs_no_step() -> None:
     assert len(list(decode(tiny("softmax"), prompt(), max_new_tokens=1))) == 1
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"temperature": -0.1}, "temperature=-0.1 is not accepted"),
+        ({"temperature": float("nan")}, "temperature=nan is not accepted"),
+        ({"top_k": -1}, "top_k=-1 is not accepted"),
+        ({"top_p": 0.0}, "top_p=0.0 is not accepted; accepted are numbers above 0, up to 1"),
+    ],
+)
+def test_choices_are_checked(fields: dict, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        Choice(**fields)
+
+
+def test_no_tokens_are_refused() -> None:
+    with pytest.raises(ConfigError, match="max_new_tokens=0 is not accepted"):
+        next(decode(tiny("metala"), prompt(), max_new_tokens=0))
+
+
+def test_learned_positions_come_to_an_end() -> None:
+    model = tiny("metala", position_embedding="learned", max_position_embeddings=12)
+    steps, tokens = decode(model, prompt(length=9), max_new_tokens=9), []
+    with pytest.raises(ShapeError, match="Position 12 is beyond the 12 learned positions"):
+        for token in steps:
+            tokens.append(token)
+    assert len(tokens) == 4
+
+
 def test_why_a_step_is_not_captured() -> None:
     assert "CUDA graphs need" in capture_reason(tiny("metala"))
     assert "memory of softmax does not" in capture_reason(tiny("hybrid"))
@@ -101,3 +130,16 @@ def test_the_captured_loop_equals_the_eager_one(mix: str, choice: Choice) -> Non
         steps = decode(model, ids, choice=choice, max_new_tokens=20, capture=capture)
         runs.append(torch.stack(list(steps), dim=1).tolist())
     assert runs[0] == runs[1]
+
+
+@pytest.mark.gpu
+def test_captured_steps_end_with_the_learned_positions() -> None:
+    model = tiny("metala", position_embedding="learned", max_position_embeddings=16).cuda()
+    runs: list[list[list[int]]] = []
+    for capture in (False, True):
+        runs.append([])
+        with pytest.raises(ShapeError, match="Position 16 is beyond the 16 learned positions"):
+            for token in decode(model, prompt().cuda(), max_new_tokens=12, capture=capture):
+                runs[-1].append(token.tolist())
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == 8

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from farspan.models import FarspanForCausalLM
+    from farspan.models.decoding import Choice
 
 _REPLACEMENT = "\ufffd"  # what a decoder gives for bytes that are not a character (yet)
 
@@ -44,13 +45,17 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, accepted, text in (
             ("max_new_tokens", self.max_new_tokens >= 1, "whole numbers from 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "numbers from 0 (greedy) upwards"),
-            ("top_p", 0 < self.top_p <= 1, "numbers above 0, up to 1"),
-            ("top_k", self.top_k >= 0, "whole numbers from 1, or 0 for no limit"),
             ("stop", all(self.stop), "texts that are not empty"),
         ):
             if not accepted:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not accepted; accepted are {text}.")
+        self.choice()
+
+    def choice(self) -> "Choice":
+        """How one token is chosen, checked."""
+        from farspan.models.decoding import Choice
+
+        return Choice(self.temperature, self.top_k, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def sample_text(
     """
     from transformers import GenerationConfig
 
-    from farspan.models.decoding import Choice, capture_reason, decode, on_host
+    from farspan.models.decoding import capture_reason, decode, on_host
 
     sampling = sampling or Sampling()
     end = end_of_document_id(tokenizer)
@@ -138,8 +143,8 @@ def sample_text(
         torch.manual_seed(seed)
         inputs = torch.tensor([tokens], device=device)
         if sampling.cache and capture_reason(model) is None:
-            choice = Choice(sampling.temperature, sampling.top_k, sampling.top_p)
-            for (token,) in on_host(decode(model, inputs, choice=choice, max_new_tokens=sampling.max_new_tokens)):
+            steps = decode(model, inputs, choice=sampling.choice(), max_new_tokens=sampling.max_new_tokens)
+            for (token,) in on_host(steps):
                 stream.push(token)
                 if stream.complete:
                     break

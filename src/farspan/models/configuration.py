@@ -15,6 +15,7 @@ from farspan.nn.norms import NORMS
 from farspan.nn.options import fits, words
 from farspan.nn.positions import check_rope_parameters
 
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 # Words of transformers for the kinds of cache a mixer declares.
 _LAYER_TYPES = {
     "kv": "full_attention",
@@ -143,7 +144,7 @@ class FarspanConfig(PreTrainedConfig):
     classifier_pooling: Literal["last", "first", "mean", "pooler"] | None = None
     classifier_bias: bool = False
     classifier_dropout: float = 0.0
-    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
+    problem_type: ProblemType | None = None
     vision: dict[str, Any] | None = None
     causal: bool = True
     initializer_range: float = 0.02

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farspan.errors import ConfigError
 from farspan.models.cache import FarspanCache
 from farspan.models.causal_lm import FarspanForCausalLM
 from farspan.nn.joint import joined
@@ -24,11 +25,23 @@ class Choice:
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: only so many of the likeliest tokens; 0 is all.
         top_p: only the likeliest tokens that together have this probability; 1 is all.
+
+    Raises:
+        ConfigError: for values out of range.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, accepted, text in (
+            ("temperature", 0 <= self.temperature < float("inf"), "numbers from 0 (greedy) upwards"),
+            ("top_k", self.top_k >= 0, "whole numbers from 1, or 0 for no limit"),
+            ("top_p", 0 < self.top_p <= 1, "numbers above 0, up to 1"),
+        ):
+            if not accepted:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not accepted; accepted are {text}.")
 
     def __call__(self, logits: Tensor) -> Tensor:
         """`[B, V]` logits → `[B]` token ids, drawn with the device's default generator."""
@@ -87,12 +100,16 @@ def decode(
         attention_mask: `[B, T]`, 1 for real tokens; the last token of every row must be real.
         past_key_values: the memory of what stands before `input_ids`; it is used up. None starts a new text.
         choice: how tokens are chosen; None takes the likeliest.
-        max_new_tokens: number of tokens to yield.
+        max_new_tokens: number of tokens to yield, at least 1.
         capture: whether to replay a captured CUDA graph; None where it is possible.
 
     Yields:
         `[B]` int64, the next token of every row. On a GPU the tensor is new each time and may be read later: the step
         after it is then already running.
+
+    Raises:
+        ConfigError: for fewer tokens than 1.
+        ShapeError: for inputs that do not fit each other; and, when it comes to that token, beyond learned positions.
 
     Example:
         >>> import torch
@@ -102,6 +119,8 @@ def decode(
         >>> len(list(decode(model, torch.tensor([[1, 2, 3]]), max_new_tokens=5)))
         5
     """
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} is not accepted; accepted are whole numbers from 1.")
     choice = choice or Choice()
     if capture is None:
         capture = capture_reason(model) is None
@@ -182,6 +201,16 @@ class _Step:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph), torch.no_grad():
             self._advance()
-        for _ in range(count - 1):
+        room = self._room(count - 1)
+        for _ in range(room):
             graph.replay()
             yield self.token.clone()
+        if room < count - 1:
+            yield self.run()  # which says that the positions have come to an end
+
+    def _room(self, steps: int) -> int:
+        """How many of the next steps stand at positions that the model has."""
+        config = self.model.config
+        if config.position_embedding != "learned":
+            return steps
+        return min(steps, max(0, config.max_position_embeddings - int(self.positions.max())))

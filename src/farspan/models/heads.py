@@ -9,7 +9,7 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 from transformers.utils import ModelOutput
 
 from farspan.errors import ConfigError, ShapeError
-from farspan.models.configuration import FarspanConfig
+from farspan.models.configuration import FarspanConfig, ProblemType
 from farspan.models.inputs import layout_of, refuse_unknown
 from farspan.models.modeling import FarspanModel, FarspanModelOutput, FarspanPreTrainedModel
 from farspan.models.pooling import pool
@@ -253,13 +253,13 @@ class Classifier(FarspanPreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
     output_class: type[ModelOutput]
-    # Of heads that learn one thing, whatever the configuration says.
-    only_problem_type: str | None = None
+    only_problem_type: ProblemType | None = None  # of heads that learn one thing, whatever the configuration says
 
-    def problem_type(self, labels: Tensor) -> str:
+    def problem_type(self, labels: Tensor) -> ProblemType:
         """What is learnt."""
         known = self.only_problem_type or self.config.problem_type
-        several = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+        floats = labels.is_floating_point()
+        several: ProblemType = "multi_label_classification" if floats else "single_label_classification"
         return known or ("regression" if self.num_labels == 1 else several)
 
 

@@ -230,7 +230,7 @@ def _check_shape(labels: Tensor, expected: torch.Size, problem_type: str) -> Non
     if labels.shape != expected:
         raise ShapeError(
             f"labels have shape {list(labels.shape)}; {problem_type} expects {list(expected)}. They are "
-            f"{labels.dtype}: where config.problem_type is not set, integers are classes, floats several labels at once."
+            f"{labels.dtype}: where config.problem_type is not set, integers are classes, floats several labels."
         )
 
 
