@@ -1,6 +1,6 @@
 """A tiny configuration of every published family, and a random checkpoint of each: what the converters are tested on.
 
-`TINY` is the table: the family's name, or `name/variant` for further forms of it, → its configuration. A new family adds
+`TINY` is the table: the family's name, or `name/variant` for further forms of it → its configuration. A new family adds
 a line; `tests/models/test_convert.py` then converts a checkpoint of it both ways.
 """
 
