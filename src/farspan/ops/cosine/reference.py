@@ -105,7 +105,8 @@ def log_counts(
     def compute(like: Tensor) -> Tensor:
         return count_tokens(like, causal, padding_mask, initial_count, cu_seqlens).clamp(min=1).to(dtype).log()
 
-    if padding_mask is not None or initial_count is not None or torch.compiler.is_compiling():
+    traced = torch.compiler.is_compiling() or (like.is_cuda and torch.cuda.is_current_stream_capturing())
+    if traced or padding_mask is not None or initial_count is not None:
         return compute(like)
     if cu_seqlens is not None:
         logarithm: Tensor = varlen.remember(cu_seqlens, ("log counts", causal, dtype), lambda: compute(like))

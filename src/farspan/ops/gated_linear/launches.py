@@ -141,8 +141,10 @@ def run_backward(
         )  # fmt: skip
     if weight is not None:
         # One number per chunk and channel, summed as a product with ones, which is faster than `sum` here.
-        total = parts.new_ones(chunks) @ parts.flatten(1)
-        d_weight.copy_(total.view_as(weight))
+        total = d_weight if weight.dtype == torch.float32 else torch.empty_like(weight, dtype=torch.float32)
+        torch.mv(parts.flatten(1).T, parts.new_ones(chunks), out=total.view(-1))
+        if total is not d_weight:
+            d_weight.copy_(total)
 
 
 def _states(

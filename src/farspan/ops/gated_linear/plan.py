@@ -11,7 +11,7 @@ from farspan.ops import varlen
 # Programs of the state kernels that keep the card busy: one for each of 132 multiprocessors.
 PROGRAMS = 132
 # Fewest and most chunks of a segment.
-SEGMENT = (4, 64)
+SEGMENT = (4, 128)
 
 
 class Plan(NamedTuple):
