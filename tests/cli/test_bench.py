@@ -24,6 +24,11 @@ def _tiny_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(presets, "_all", lambda: {**known, "tiny": Preset(config, 0, "test")})
 
 
+def test_seven_tokens_are_enough(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "model", "tiny", "--decode", "1x1", "--tokens", "7", "--device", "cpu"]) == 0
+    assert "generate" in capsys.readouterr().out
+
+
 def test_training_and_decoding_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new" / "speed.json"
     arguments = ["--train", "2x8", "1x16+checkpoint", "--decode", "2x5", "--tokens", "8", "--steps", "2", "--llama"]
@@ -44,6 +49,7 @@ def test_training_and_decoding_are_measured(tmp_path: Path, capsys: pytest.Captu
     shown = capsys.readouterr().out
     assert "tokens/s" in shown
     assert "ms/token" in shown
+    assert "…" not in shown
 
 
 @pytest.mark.parametrize("text", ["16", "16x", "x4", "0x4", "2x8+fast", "2*8", "-1x4"])
@@ -64,6 +70,9 @@ def test_shapes() -> None:
         (["model", "tny", "--train", "1x8"], "Unknown preset 'tny'"),
         (["model", "tiny", "--decode", "1x8+checkpoint"], "no backward pass"),
         (["modle"], "did you mean 'model'"),
+        (["model", "tiny", "--train", "1x8", "--steps", "0"], "steps=0 is not accepted; it has to be at least 1"),
+        (["model", "tiny", "--decode", "1x8", "--tokens", "6"], "tokens=6 is not accepted; it has to be at least 7"),
+        (["model", "cottention-bert-base", "--train", "1x8"], "cottention-bert-base is no language model"),
     ],
 )
 def test_mistakes(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

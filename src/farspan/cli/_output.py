@@ -5,11 +5,13 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 out = Console()
@@ -73,3 +75,13 @@ def refresh_report(directory: Path) -> Path | None:
     from farspan.training.report import write_report
 
     return write_report(directory)
+
+
+def figures(*names: str, numbers: Sequence[str], title: str | None = None) -> Table:
+    """An empty table whose numbers are never cut: on a narrow terminal the names beside them are broken."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
+    for name in names:
+        table.add_column(name, overflow="fold")
+    for number in numbers:
+        table.add_column(number, justify="right", no_wrap=True)
+    return table

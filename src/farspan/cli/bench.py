@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.table import Table
 
 from farspan.cli import _output
 from farspan.errors import ConfigError, nearest
@@ -38,7 +37,7 @@ class _Model:
     compile: bool = False
     """Train under torch.compile."""
     llama: bool = False
-    """Measure LLaMA of transformers in the same width, depth and vocabulary as well."""
+    """Train LLaMA of transformers in the same width, depth and vocabulary as well."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights while decoding; auto is float32 on the CPU and bfloat16 on a GPU."""
     device: str = "auto"
@@ -99,11 +98,18 @@ def _bench_model(options: _Model, argv: Sequence[str]) -> int:
     if any(checkpointed for _, _, checkpointed in shapes[1]):
         raise ConfigError("decoding has no backward pass; leave +checkpoint out of --decode.")
     preset = presets.get(options.preset)
+    if not preset.causal or (preset.architectures or ["FarspanForCausalLM"]) != ["FarspanForCausalLM"]:
+        raise ConfigError(f"the preset {options.preset} is no language model that writes text; choose one that is.")
 
     import torch
 
     from farspan.evaluation.loading import choose_device
     from farspan.models import FarspanForCausalLM
+    from farspan.training.speed import FEWEST_TOKENS
+
+    for name, value, least in (("steps", options.steps, 1), ("tokens", options.tokens, FEWEST_TOKENS)):
+        if value < least:
+            raise ConfigError(f"{name}={value} is not accepted; it has to be at least {least}.")
 
     device = choose_device(options.device)
     results: dict[str, Any] = {**origin(argv, device), "training": [], "decoding": []}
@@ -192,10 +198,8 @@ def _llama(config: Any) -> Any:
 
 def _show(results: dict[str, Any]) -> None:
     if results["training"]:
-        table = Table(title="training")
-        for column in ("model", "shape", "how", "tokens/s", "ms/step", "peak GiB", "first step s"):
-            named = column in ("model", "shape", "how")
-            table.add_column(column, justify="left" if named else "right", no_wrap=named)
+        columns = ["\ntokens/s", "\nms/step", "peak\nGiB", "first\nstep s"]
+        table = _output.figures("\nmodel", "\nshape", "\nhow", numbers=columns, title="training")
         for row in results["training"]:
             how = [word for word, on in (("compiled", row["compiled"]), ("checkpointed", row["checkpointed"])) if on]
             table.add_row(
@@ -209,16 +213,14 @@ def _show(results: dict[str, Any]) -> None:
             )
         _output.out.print(table)
     if results["decoding"]:
-        table = Table(title="decoding")
-        for column in ("model", "rows", "context", "loop", "ms/token", "prefill s", "memory MiB"):
-            named = column in ("model", "loop")
-            table.add_column(column, justify="left" if named else "right", no_wrap=named)
+        columns = ["\nrows", "\ncontext", "\nms/token", "prefill\ns", "memory\nMiB"]
+        table = _output.figures("\nmodel", "\nloop", numbers=columns, title="decoding")
         for row in results["decoding"]:
             table.add_row(
                 row["model"],
+                row["loop"],
                 str(row["batch"]),
                 f"{row['context']:,}",
-                row["loop"],
                 f"{row['ms_per_token']:.3f}",
                 f"{row['prefill_s']:.2f}",
                 f"{row['cache_bytes'] / 2**20:.1f}",

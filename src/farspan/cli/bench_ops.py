@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.table import Table
 
 from farspan.cli import _output
 from farspan.cli.bench import origin, parse_shape, write
@@ -93,13 +92,9 @@ def run(argv: list[str]) -> int:
 
 def _show(speeds: "list[OpSpeed]", limits: dict[str, float]) -> None:
     copy, product = limits.values()
-    table = Table(
-        caption=f"both: forward and backward. A copy: {copy:,.0f} GB/s; a matrix product: {product:,.1f} TFLOP/s"
-    )
-    columns = ("forward ms", "both ms", "eager ms", "GB/s", "TFLOP/s", "extra GiB", "launches", "first s")
-    for column in ("operator", "shape", *columns):
-        named = column in ("operator", "shape")
-        table.add_column(column, justify="left" if named else "right", no_wrap=named)
+    columns = ("forw.\nms", "both\nms", "eager\nms", "\nGB/s", "TFLOP\n/s", "extra\nGiB", "laun-\nches", "first\ns")
+    table = _output.figures("\noperator", "\nshape", numbers=columns)
+    table.caption = f"both: forward and backward. A copy: {copy:,.0f} GB/s; a matrix product: {product:,.1f} TFLOP/s"
     for speed in speeds:
         place = f"{speed.rows}x{speed.tokens}"
         if speed.forward_ms is None:

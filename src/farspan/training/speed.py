@@ -15,6 +15,8 @@ from farspan.models import FarspanForCausalLM
 from farspan.models.decoding import Choice, capture_reason, decode, on_host
 from farspan.training.setup import recompute_activations
 
+# Decoded tokens that are not counted, and the fewest that leave one interval in every loop.
+UNCOUNTED, FEWEST_TOKENS = 5, 7
 # Tokens that go through the model at once when a long prompt is read.
 PREFILL_CHUNK = 16384
 
@@ -81,7 +83,7 @@ def training_speed(
         batch, length: the shape of a step.
         compiled: whether to run it under torch.compile.
         checkpointed: whether to recompute each layer in the backward pass.
-        steps: timed steps.
+        steps: timed steps, at least 1.
         warmup: steps before them, at least 1.
     """
     device = next(model.parameters()).device
@@ -120,7 +122,7 @@ def decoding_speed(
         model: in evaluation mode, on its device and of its dtype.
         batch: rows.
         context: tokens read before, at least 1.
-        tokens: tokens to decode in each loop; the first five are not counted.
+        tokens: tokens to decode in each loop, at least `FEWEST_TOKENS`; the first `UNCOUNTED` are not counted.
         loops: which of `captured`, `eager`, `generate`; empty is all that are possible.
     """
     possible = ("captured", "eager", "generate") if capture_reason(model) is None else ("eager", "generate")
@@ -143,7 +145,7 @@ def decoding_speed(
                 capture=loop == "captured",
             )
             times = list(_intervals(on_host(steps)))
-        results.append(DecodingSpeed(batch, context, loop, 1000 * statistics.median(times[5:]), prefill, held))
+        results.append(DecodingSpeed(batch, context, loop, 1000 * statistics.median(times[UNCOUNTED:]), prefill, held))
     return results
 
 
