@@ -182,6 +182,8 @@ def published(case: str, **config: Any) -> Published:
         ("doge-seed", {"dynamic_mask_ratio": 0.2}, "dynamic_mask_ratio=0.2"),
         ("doge", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ("doge", {"is_moe": True}, "is_moe=True"),
+        ("doge-seed", {"is_moe": True}, "is_moe=True"),
+        ("doge-seed/experts", {"is_moe": False}, "is_moe=False"),
         ("doge-moe", {"is_moe": False}, "is_moe=False"),
         ("doge", {"window_size": 64}, "keep_window_size .* and window_size"),
         ("doge", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "the rotation 'longrope'"),

@@ -171,12 +171,13 @@ def read_seed_config(published: Published) -> FarspanConfig:
         CheckpointError: for `dynamic_mask_ratio`, which drops keys by looking at later ones.
     """
     config = published.config
-    refuse_other(config, {"dynamic_mask_ratio": (0, None)})
     fields, prefix, head_dim = _fields(published, _SEED, tied=True)
+    place = f"{prefix}layers.0.feed_forward."
+    routed = f"{place}keys" in published.shapes
+    refuse_other(config, {"dynamic_mask_ratio": (0, None), "is_moe": (routed,)})
     attention = {**SEED_ATTENTION, **attention_options(published.shapes, head_dim, f"{prefix}layers.0.self_attn.")}
     if config.get("is_causal", False):
         attention |= {"bias_form": "none", "bias_heads": "query"}
-    place = f"{prefix}layers.0.feed_forward."
     inner = seed_feed_forwards(published, place, f"{place}gate_proj.bias" in published.shapes)
     # Without the field, the published class stretches positions.
     scaling = config.get("rope_scaling", {"rope_type": "dynamic", "factor": 4.0})

@@ -79,7 +79,7 @@ def _recipe(
 
     The published code chooses experts across tokens; here, each token chooses by itself.
     """
-    options = None
+    options: dict[str, Any] | None = None
     if experts is not None:
         options = dict(zip(("num_experts", "num_experts_per_tok"), experts, strict=True))
         options |= {"router_aux_loss_coef": balance, "pool_aux_loss": True}
