@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.errors import ConfigError
 from farspan.models import FarspanForCausalLM
 from farspan.models.cache import FarspanCache
+from farspan.training.setup import recompute_activations
 from tests import tolerances
 from tests.models.conftest import tiny
 from tests.ops.checks import assert_close
@@ -93,3 +95,20 @@ def test_gradients_of_new_tokens(mix: str, sizes: tuple[int, ...]) -> None:
             ends.append(loss())
     assert slope != 0
     assert_close((ends[0] - ends[1]) / 2e-6, slope, tolerances.GRADCHECK)
+
+
+def test_a_cache_of_another_model_is_refused() -> None:
+    ids, cache = text(), tiny("softmax").new_cache()
+    with pytest.raises(ConfigError, match=r"of another model \(of softmax; this one is of metala\)"):
+        tiny("metala")(ids, past_key_values=cache)
+
+
+def test_layers_that_are_computed_twice_refuse_a_cache(mix: str) -> None:
+    model, ids = tiny(mix).train(), text()
+    recompute_activations(model)
+    with pytest.raises(ConfigError, match="does not go with gradient checkpointing"):
+        model(ids, past_key_values=model.new_cache(), labels=ids)
+    with torch.no_grad():  # as `generate` does: nothing is computed twice
+        cache = model.new_cache(12)
+        got = read(model, ids, cache, (6, 1, 5))
+        torch.testing.assert_close(got, model.eval()(ids).logits, atol=tolerances.FLOAT32, rtol=0)

@@ -1,6 +1,6 @@
 """`FarspanCache`: the layers' memories behind the cache interface of transformers (5.17 to 5.23)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,10 +20,14 @@ class FarspanCache(Cache):
         layers: the memories, first layer first.
         context_length: the length that scaled positions plan for, fixed for the life of this cache; None takes the
             length of the first forward pass.
+        mixers: names of the mixers that the memories are of, so that another model can refuse them; empty is unknown.
     """
 
-    def __init__(self, layers: Iterable[LayerCache], context_length: int | None = None) -> None:
+    def __init__(
+        self, layers: Iterable[LayerCache], context_length: int | None = None, mixers: Sequence[str] = ()
+    ) -> None:
         super().__init__(layers=list(layers))
+        self.mixers = list(mixers)
         self.context_length = context_length
         self.tokens_seen = 0
         self.next_positions: Tensor | None = None

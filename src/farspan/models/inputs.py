@@ -1,7 +1,7 @@
 """What a forward pass is given, checked and brought into one form: positions, padding, packed documents."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,11 +45,11 @@ def refuse_unknown(forward: Callable[..., Any], more: Mapping[str, Any], also: t
             raise ConfigError(f"forward() has no argument {name!r}: {nearest(name, accepted)}")
 
 
-def check_cache(cache: FarspanCache | None, layers: int, rows: int, causal: bool) -> None:
+def check_cache(cache: FarspanCache | None, mixers: Sequence[str], rows: int, causal: bool) -> None:
     """Refuses a cache that does not belong to this model and batch; one that does may be written to from here on.
 
     Raises:
-        ConfigError: for another class, or where the model looks both ways.
+        ConfigError: for another class, a cache of other mixers, or where the model looks both ways.
         ShapeError: for another depth or number of rows.
     """
     if cache is None:
@@ -58,8 +58,11 @@ def check_cache(cache: FarspanCache | None, layers: int, rows: int, causal: bool
         raise ConfigError(f"past_key_values is a {type(cache).__name__}; Farspan needs model.new_cache().")
     if not causal:
         raise ConfigError("past_key_values needs causal=true: a model that looks both ways has no past to keep.")
-    if len(cache.layers) != layers:
-        raise ShapeError(f"past_key_values has {len(cache.layers)} layers, the model {layers}.")
+    if len(cache.layers) != len(mixers):
+        raise ShapeError(f"past_key_values has {len(cache.layers)} layers, the model {len(mixers)}.")
+    if cache.mixers and cache.mixers != list(mixers):
+        theirs, ours = (", ".join(dict.fromkeys(names)) for names in (cache.mixers, mixers))
+        raise ConfigError(f"past_key_values is of another model (of {theirs}; this one is of {ours}); use new_cache().")
     if cache.batch_size not in (-1, rows):
         raise ShapeError(f"past_key_values holds {cache.batch_size} rows, the input has {rows}.")
     cache.leave_inference_mode()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -108,7 +109,7 @@ class FarspanModel(FarspanPreTrainedModel):
 
     def new_cache(self, context_length: int | None = None) -> FarspanCache:
         """An empty cache; `context_length` fixes the length that scaled positions plan for."""
-        return FarspanCache([block.mixer.new_cache() for block in self.blocks], context_length)
+        return FarspanCache([block.mixer.new_cache() for block in self.blocks], context_length, self.config.mixers)
 
     @property
     def blocks(self) -> list[FarspanBlock]:
@@ -144,9 +145,14 @@ class FarspanModel(FarspanPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
             use_cache = False
+            if past_key_values is not None and torch.is_grad_enabled():
+                raise ConfigError(
+                    "past_key_values does not go with gradient checkpointing, which reads the same tokens twice; leave "
+                    "one of them out."
+                )
         if past_key_values is None and use_cache and not self.training and cu_seqlens is None and self.config.causal:
             past_key_values = self.new_cache(context_length)
-        check_cache(past_key_values, len(self.layers), rows, self.config.causal)
+        check_cache(past_key_values, self.config.mixers, rows, self.config.causal)
         layout = layout_of(
             (rows, length),
             x.device,
