@@ -45,7 +45,7 @@ def _attend(
     if window is not None and window >= keys:
         window = None
     if key_mask is None and window is None and (not causal or queries == keys or queries == 1):
-        return _sdpa(q, k, v, scale, causal=causal and queries > 1, dropout=dropout)
+        return _sdpa(q, k, v, scale, causal=causal and bool(queries > 1), dropout=dropout)
     if key_mask is None and window is not None and causal and queries == keys:
         return _windowed(q, k, v, scale, window, dropout)
     seen = visible(queries, keys, causal=causal, window=window, key_mask=key_mask, cu_seqlens=None, device=q.device)

@@ -22,30 +22,16 @@ WARPS = 4
 
 
 def state_space_duality_triton(
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    d: Tensor | None,
-    *,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """The kernels' form of `state_space_duality`; arguments and results as the reference's."""
     if x.shape[-1] > rows.WIDEST:
-        return through(
-            gated_linear_attention_triton, x, dt, a, b, c, d, dt_bias=dt_bias, dt_softplus=dt_softplus,
-            dt_limit=dt_limit, initial_state=initial_state, cu_seqlens=cu_seqlens,
-        )  # fmt: skip
+        return through(gated_linear_attention_triton, x, dt, a, b, c, d, **options)
     dtype = compute_dtype(dt)
-    step = step_size(dt.to(dtype), dt_bias, dt_softplus, dt_limit)
+    step = step_size(dt.to(dtype), options["dt_bias"], options["dt_softplus"], options["dt_limit"])
     decay = step * a.to(dtype)
-    tensors = (None if t is None else t.contiguous() for t in (c, b, x, step, decay, d, initial_state))
-    out, final = _Duality.apply(*tensors, cu_seqlens)
+    tensors = (None if t is None else t.contiguous() for t in (c, b, x, step, decay, d, options["initial_state"]))
+    out, final = _Duality.apply(*tensors, options["cu_seqlens"])
     return out, final
 
 
