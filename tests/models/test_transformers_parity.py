@@ -47,7 +47,7 @@ ROTATIONS = {
     "linear": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1000.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
     "yarn": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 8},
-    "llama3": {**LLAMA3, "rope_theta": 500.0, "original_max_position_embeddings": 16},
+    "llama3": {**LLAMA3, "rope_theta": 500.0, "original_max_position_embeddings": 8},
 }
 CASES: dict[str, tuple[str, type, type, dict[str, Any]]] = {
     "llama": ("llama", LlamaConfig, LlamaForCausalLM, {}),

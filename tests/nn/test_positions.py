@@ -8,6 +8,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from farspan.errors import ConfigError
 from farspan.nn.positions import apply_rotary, rope_frequencies, rotary_table
 
+TURNS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
 
 @pytest.mark.parametrize(
     "parameters",
@@ -18,6 +20,9 @@ from farspan.nn.positions import apply_rotary, rope_frequencies, rotary_table
         {"rope_type": "yarn", "rope_theta": 5e5, "factor": 16.0, "beta_fast": 16.0, "beta_slow": 2.0},
         {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "mscale": 0.7, "mscale_all_dim": 1.0},
         {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "attention_factor": 1.5, "truncate": False},
+        {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, **TURNS},
+        {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, **TURNS, "original_max_position_embeddings": 32},
     ],
 )
 @pytest.mark.parametrize("length", [100, 256, 1000])

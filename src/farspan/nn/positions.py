@@ -94,7 +94,8 @@ def rope_frequencies(
     Args:
         rotary_dim: r, even; the number of rotated channels of a head.
         parameters: `rope_type`, `rope_theta` and the keys of the type, in Hugging Face's names.
-        max_position_embeddings: the trained length M, unless `yarn` gives `original_max_position_embeddings`.
+        max_position_embeddings: the trained length M, unless `yarn` or `llama3` give
+            `original_max_position_embeddings`.
         context_length: L, the number of positions that this computation will ever see; only `dynamic` depends on it.
 
     Returns:
@@ -107,7 +108,7 @@ def rope_frequencies(
     theta = float(parameters.get("rope_theta", 10000.0))
     factor = float(parameters.get("factor", 1.0))
     # As in transformers, dynamic NTK stretches relative to the model's own length.
-    original = parameters.get("original_max_position_embeddings") if kind == "yarn" else None
+    original = None if kind == "dynamic" else parameters.get("original_max_position_embeddings")
     trained = int(original or max_position_embeddings)
     if kind == "dynamic" and context_length > trained:
         if rotary_dim <= 2:
