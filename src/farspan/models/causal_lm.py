@@ -81,8 +81,8 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
                 (the cache remembers the past's). Padding may stand anywhere and changes nothing.
             position_ids: `[B, T]`; None counts the real tokens of each row, continuing behind the cache. In a single
                 row without mask or cache, restarts mark packed documents.
-            past_key_values: a cache from `new_cache()` or an earlier call; updated in place. Gradients reach the new tokens,
-                not what it holds.
+            past_key_values: a cache from `new_cache()` or an earlier call; updated in place. Gradients reach the new
+                tokens, not what it holds.
             inputs_embeds: `[B, T, D]` instead of `input_ids`.
             token_type_ids: `[B, T]`, of models with `type_vocab_size`; others ignore it. None is type 0.
             labels: `[B, T]`, shifted inside as in transformers: position t is scored against `labels[t + 1]`, except at
