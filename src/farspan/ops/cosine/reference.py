@@ -1,7 +1,6 @@
 """Cosine attention: how tokens are counted, what the count does, and the formula in its most direct form."""
 
-import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +9,10 @@ from torch.nn import functional as F
 from farspan.ops import varlen
 from farspan.ops._contract import compute_dtype
 from farspan.ops.gated_linear.reference import gated_linear_attention_reference
+
+# Logarithms of the counts of plain batches, by shape; the oldest goes first.
+REMEMBERED = 16
+_log_places: dict[tuple[Any, ...], Tensor] = {}
 
 
 class Call(NamedTuple):
@@ -105,19 +108,20 @@ def log_counts(
     def compute(like: Tensor) -> Tensor:
         return count_tokens(like, causal, padding_mask, initial_count, cu_seqlens).clamp(min=1).to(dtype).log()
 
-    traced = torch.compiler.is_compiling() or (like.is_cuda and torch.cuda.is_current_stream_capturing())
-    if traced or padding_mask is not None or initial_count is not None:
+    if padding_mask is not None or initial_count is not None or torch.compiler.is_compiling():
         return compute(like)
     if cu_seqlens is not None:
         logarithm: Tensor = varlen.remember(cu_seqlens, ("log counts", causal, dtype), lambda: compute(like))
         return logarithm
-    return _log_places(*like.shape[:2], causal, dtype, like.device)
-
-
-@functools.lru_cache(maxsize=16)
-def _log_places(batch: int, length: int, causal: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
-    counts = torch.arange(1, length + 1, device=device) if causal else torch.full((length,), length, device=device)
-    return counts.to(dtype).log().expand(batch, length).contiguous()
+    key = (*like.shape[:2], causal, dtype, like.device)
+    if key in _log_places:
+        return _log_places[key]
+    logarithm = compute(like)
+    if not (like.is_cuda and torch.cuda.is_current_stream_capturing()):  # a captured graph computes nothing yet
+        if len(_log_places) == REMEMBERED:
+            _log_places.pop(next(iter(_log_places)))
+        _log_places[key] = logarithm
+    return logarithm
 
 
 def cosine_attention_reference(
