@@ -55,6 +55,12 @@ CASES: dict[str, tuple[str, type, type, dict[str, Any]]] = {
     "llama/tied": ("llama", LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": True}),
     "llama/biased": ("llama", LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
     "qwen3": ("qwen3", Qwen3Config, Qwen3ForCausalLM, {"num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-3}),
+    "qwen3/biased": (
+        "qwen3",
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        {"attention_bias": True, "tie_word_embeddings": True, "head_dim": 12, "num_key_value_heads": 4},
+    ),
     "qwen3/window": (
         "qwen3",
         Qwen3Config,
@@ -244,20 +250,27 @@ def test_an_old_gpt_neox_with_buffers_has_to_be_named() -> None:
     assert all(families.get("gpt_neox").ignores(name) for name in buffers)
 
 
-def test_a_plain_llama_is_not_cocas() -> None:
-    _, theirs = stock("llama")
-    published = Published(theirs.config.to_dict(), shapes(theirs))
-    assert not families.get("coca-llama").matches(published)
-    renamed = {name.replace("k_proj", "t_proj"): shape for name, shape in published.shapes.items()}
-    assert families.detect(Published(published.config, renamed)).name == "coca-llama"
+def test_rotations_as_old_releases_wrote_them() -> None:
+    """`rope_scaling` counts before `rope_parameters`, and what stands beside it is the base alone."""
+    _, theirs = stock("llama/llama3")
+    config = theirs.config.to_dict()
+    config |= {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 300.0}
+    want = LlamaConfig(**config).rope_parameters
+    ours = families.get("llama").read_config(Published(config, shapes(theirs))).rope_parameters
+    assert ours == {name: want[name] for name in ours} and ours["rope_theta"] == 300.0
 
 
-def test_cocas_trained_length() -> None:
-    """`max_sequence_length` counts unless the field that the published code reads is there, too."""
-    _, theirs = stock("llama")
-    config = {name: value for name, value in theirs.config.to_dict().items() if name != "max_position_embeddings"}
-    names = {name.replace("k_proj", "t_proj"): shape for name, shape in shapes(theirs).items()}
-    read = families.get("coca-llama").read_config
-    assert read(Published({**config, "max_sequence_length": 512}, names)).max_position_embeddings == 512
-    both = {**config, "max_sequence_length": 512, "max_position_embeddings": 2048}
-    assert read(Published(both, names)).max_position_embeddings == 2048
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+def test_absent_settings_are_the_published_defaults_or_the_shapes(family: str) -> None:
+    case = "qwen3/window" if family == "qwen3" else family
+    _, theirs = stock(case)
+    known = ("num_attention_heads",) if family != "qwen3" else ()
+    config = {"model_type": family, **{name: SIZES[name] for name in known}}
+    ours = families.get(family).read_config(Published(config, shapes(theirs)))
+    default = CASES[case][1]()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "hidden_act"):
+        assert getattr(ours, name) == getattr(default, name)
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        assert getattr(ours, name) == getattr(theirs.config, name)
+    if family == "qwen3":
+        assert (ours.num_key_value_heads, ours.head_dim) == (1, 8)

@@ -15,10 +15,10 @@ from farspan.models.convert.settings import (
     our_activation,
     published_activation,
     published_fields,
+    read_rope,
     refuse_other,
     shared_fields,
 )
-from farspan.models.convert.transformers_llms import read_rope
 
 
 def ssd_module_options(state_size: int, groups: int) -> dict[str, Any]:

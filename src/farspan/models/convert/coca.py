@@ -9,7 +9,7 @@ from farspan.errors import CheckpointError
 from farspan.models.configuration import FarspanConfig
 from farspan.models.convert.families import Family, Published
 from farspan.models.convert.names import AnyEntry, Constant, Entry, Fused
-from farspan.models.convert.settings import refuse_other
+from farspan.models.convert.settings import read_rope, refuse_other
 from farspan.models.convert.transformers_llms import (
     NEOX_IGNORED,
     common_settings,
@@ -19,7 +19,6 @@ from farspan.models.convert.transformers_llms import (
     neox_entries,
     neox_fields,
     neox_like,
-    read_rope,
 )
 from farspan.nn.positions import rope_frequencies
 
@@ -77,10 +76,28 @@ def read_coca_llama_config(published: Published) -> FarspanConfig:
     The released configurations give the trained length as `max_sequence_length`, a field that the published code does
     not read: it takes 2048. Here it is the trained length, to which scaled positions stretch; for the published code's
     behaviour, write `max_position_embeddings` into the configuration.
+
+    The published code does not read `rope_theta` either, so one that is not its 10000 is refused.
     """
-    prefix = "" if "embed_tokens.weight" in published.shapes else "model."
-    fields = llama_fields(published, prefix)
-    return FarspanConfig(mixers=["collinear"], rope_parameters=_rope(published)[0], **fields)
+    config = published.config
+    refuse_other(config, {"rope_theta": (10000,)})
+    fields = llama_fields(published)
+    if _length_by_other_name(published):
+        fields["max_position_embeddings"] = config["max_sequence_length"]
+    return FarspanConfig(mixers=["collinear"], rope_parameters=_rope(published), **fields)
+
+
+def _length_by_other_name(published: Published) -> bool:
+    return "max_sequence_length" in published.config and "max_position_embeddings" not in published.config
+
+
+def _length_notes(published: Published) -> list[str]:
+    if not _length_by_other_name(published):
+        return []
+    return [
+        f"The trained length is max_sequence_length={published.config['max_sequence_length']}; the published code does "
+        "not read that field and takes 2048. For its behaviour, give max_position_embeddings in config.json."
+    ]
 
 
 def read_coca_neox_config(published: Published) -> FarspanConfig:
@@ -91,10 +108,10 @@ def read_coca_neox_config(published: Published) -> FarspanConfig:
     return FarspanConfig(mixers=["collinear"], mixer_options={"collinear": options}, **fields)
 
 
-def _rope(published: Published) -> tuple[dict[str, Any], float]:
-    rope, share = read_rope(published.config)
+def _rope(published: Published) -> dict[str, Any]:
+    rope, _ = read_rope(published.config)
     refuse_other({"rope_scaling": rope["rope_type"]}, {"rope_scaling": ("default", "linear", "dynamic")})
-    return rope, share
+    return rope
 
 
 def _scaling(config: FarspanConfig) -> dict[str, Any] | None:
@@ -161,6 +178,7 @@ FAMILIES: tuple[Family, ...] = (
         coca_llama_entries,
         (),
         _TRAP.format("LLaMA", "The stock class leaves t_proj out, makes up a key projection and"),
+        _length_notes,
     ),
     Family(
         "coca-neox",

@@ -15,8 +15,8 @@ from farspan.models.configuration import FarspanConfig
 from farspan.models.convert.experts import cdmoe_entries, mlp_entries, seed_expert_settings, seed_feed_forwards
 from farspan.models.convert.families import Family, Published
 from farspan.models.convert.names import AnyEntry, Constant, Copy, Entry
-from farspan.models.convert.settings import our_activation, refuse_other, shared_fields
-from farspan.models.convert.transformers_llms import common_settings, read_rope
+from farspan.models.convert.settings import our_activation, read_rope, refuse_other, shared_fields
+from farspan.models.convert.transformers_llms import common_settings
 from farspan.models.presets.doge import SEED_ATTENTION, doge_block
 
 _LINEARS = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "o_proj"}
@@ -216,6 +216,8 @@ def read_current_config(published: Published) -> FarspanConfig:
     routed = f"{place}router_gate.weight" in shapes
     refuse_other(config, {"is_moe": (routed,), "norm_topk_prob": (False, True, None)})
     experts = _gate_experts(published, place, token_mixing=not newest) if routed else None
+    if experts and experts["token_mixing"]:
+        attention["padding_attends"] = True  # what stands at padding then decides which experts real tokens get
     return FarspanConfig(
         head_dim=head_dim,
         rope_parameters=read_rope(config)[0],

@@ -49,6 +49,7 @@ class Family:
         entries: every tensor of a model of that configuration: published name → ours.
         ignored: regular expressions of published buffers that old files hold and that mean nothing.
         traps: for `model_type` claims, what would go wrong in silence: shown when such a checkpoint is converted.
+        notes: what else the user should know of a checkpoint, a sentence each.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Family:
     entries: Callable[[FarspanConfig], list[AnyEntry]]
     ignored: tuple[str, ...] = ()
     traps: str | None = None
+    notes: Callable[[Published], list[str]] = lambda _: []
 
     def ignores(self, name: str) -> bool:
         """Whether a published tensor is one of the buffers that mean nothing."""

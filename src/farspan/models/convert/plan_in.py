@@ -92,6 +92,7 @@ def plan_in(source: Source, family: str | None = None) -> Plan:
         notes=[
             *([f"{hint.strip()} It is converted as {kind.title}, as it was asked for."] if hint else []),
             *_claims(kind, source, asked),
+            *kind.notes(Published(source.config, published.shapes)),
             *_untied(untied),
             *_odd_buffers(source, stored, derived),
             *_mixed(source, steps),

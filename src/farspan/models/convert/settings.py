@@ -1,5 +1,6 @@
 """What published configurations of several families have in common."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,3 +63,41 @@ def shared_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 def published_fields(config: FarspanConfig) -> dict[str, Any]:
     """The inverse of `shared_fields`."""
     return {name: getattr(config, name) for name in _SHARED}
+
+
+def read_rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> tuple[dict[str, Any], float]:
+    """The rotation that a published configuration describes, old form (`rope_theta`, `rope_scaling`) or new.
+
+    Returns:
+        Our `rope_parameters`, and the share of a head's channels that is rotated.
+
+    Raises:
+        CheckpointError: for a type that Farspan does not have.
+    """
+    found = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    kind = found.pop("rope_type", found.pop("type", "default"))
+    found.pop("type", None)
+    theta = first_of((found, config), ("rope_theta", "rotary_emb_base"), default_theta)
+    share = first_of((found, config), ("partial_rotary_factor", "rotary_pct"), 1.0)
+    for name in ("rope_theta", "partial_rotary_factor"):
+        found.pop(name, None)
+    if kind not in ("default", "linear", "dynamic", "yarn", "llama3"):
+        raise CheckpointError(
+            f"config.json has the rotation {kind!r}, which cannot be converted; accepted: 'default', 'linear', "
+            "'dynamic', 'yarn' or 'llama3'."
+        )
+    if kind == "dynamic":  # transformers reads the trained length from max_position_embeddings alone
+        found.pop("original_max_position_embeddings", None)
+    return {"rope_type": kind, "rope_theta": float(theta), **found}, float(share)
+
+
+def first_of(places: tuple[Mapping[str, Any], ...], names: tuple[str, ...], default: Any) -> Any:
+    """The first value that one of some settings has; `default` if none of them is there."""
+    return next((place[name] for place in places for name in names if name in place), default)
+
+
+def rotated_share(share: float, head_dim: int) -> float:
+    """A share of `head_dim` channels that rounds down to the number that the published code rotates."""
+    channels = int(head_dim * share)
+    exact = channels / head_dim
+    return exact if int(head_dim * exact) == channels else math.nextafter(exact, 2.0)

@@ -3,19 +3,20 @@
 Source: transformers: models/llama, models/qwen3, models/gpt_neox.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from farspan.errors import CheckpointError
 from farspan.models.configuration import FarspanConfig
 from farspan.models.convert.families import Family, Published
 from farspan.models.convert.names import AnyEntry, Copy, Entry, Fused, affine
 from farspan.models.convert.settings import (
+    first_of,
     our_activation,
     published_activation,
     published_fields,
+    read_rope,
     refuse_other,
+    rotated_share,
     shared_fields,
 )
 
@@ -94,53 +95,22 @@ def _with_head(stack: list[AnyEntry], config: FarspanConfig, prefix: str, head: 
     return [*entries, Copy(head, "model.embed_tokens.weight") if tied else Entry(head, "lm_head.weight")]
 
 
-def read_rope(config: Mapping[str, Any], default_theta: float = 10000.0) -> tuple[dict[str, Any], float]:
-    """The rotation that a published configuration describes, old form (`rope_theta`, `rope_scaling`) or new.
+_LLAMA = {"num_attention_heads": 32, "bos_token_id": 1, "eos_token_id": 2}
 
-    Returns:
-        Our `rope_parameters`, and the share of a head's channels that is rotated.
 
-    Raises:
-        CheckpointError: for a type that Farspan does not have.
+def llama_fields(published: Published, usual: Mapping[str, Any] = _LLAMA) -> dict[str, Any]:
+    """The fields that LLaMA's configuration and its descendants' have in common, without the mixer.
+
+    Args:
+        published: the checkpoint.
+        usual: what absent fields mean where models differ in it.
     """
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = found.pop("rope_type", found.pop("type", "default"))
-    found.pop("type", None)
-    theta = first_of((found, config), ("rope_theta", "rotary_emb_base"), default_theta)
-    share = first_of((found, config), ("partial_rotary_factor", "rotary_pct"), 1.0)
-    for name in ("rope_theta", "partial_rotary_factor"):
-        found.pop(name, None)
-    if kind not in ("default", "linear", "dynamic", "yarn", "llama3"):
-        raise CheckpointError(
-            f"config.json has the rotation {kind!r}, which cannot be converted; accepted: 'default', 'linear', "
-            "'dynamic', 'yarn' or 'llama3'."
-        )
-    if kind == "dynamic":  # transformers reads the trained length from max_position_embeddings alone
-        found.pop("original_max_position_embeddings", None)
-    return {"rope_type": kind, "rope_theta": float(theta), **found}, float(share)
-
-
-def first_of(places: tuple[Mapping[str, Any], ...], names: tuple[str, ...], default: Any) -> Any:
-    """The first value that one of some settings has; `default` if none of them is there."""
-    return next((place[name] for place in places for name in names if name in place), default)
-
-
-def rotated_share(share: float, head_dim: int) -> float:
-    """A share of `head_dim` channels that rounds down to the number that the published code rotates."""
-    channels = int(head_dim * share)
-    exact = channels / head_dim
-    return exact if int(head_dim * exact) == channels else math.nextafter(exact, 2.0)
-
-
-def llama_fields(published: Published, prefix: str) -> dict[str, Any]:
-    """The fields that LLaMA's configuration and its descendants' have in common, without the mixer."""
-    config, shapes = published.config, published.shapes
-    refuse_other(config, {"pretraining_tp": (1, None)})
+    config, shapes, prefix = published.config, published.shapes, _prefix(published)
     vocabulary, width = shapes[f"{prefix}embed_tokens.weight"]
-    heads = config.get("num_attention_heads", 32)
+    heads = config.get("num_attention_heads", usual["num_attention_heads"])
     tied = config.get("tie_word_embeddings", False)
     head = "FarspanModel" if not prefix else "FarspanForCausalLM"
-    fields = shared_fields(config)
+    fields = {name: value for name, value in usual.items() if name.endswith("_token_id")} | shared_fields(config)
     if "score.weight" in shapes:
         head, tied = "FarspanForSequenceClassification", False
         if fields.get("id2label") is None:
@@ -153,9 +123,9 @@ def llama_fields(published: Published, prefix: str) -> dict[str, Any]:
         "intermediate_size": config.get("intermediate_size", shapes[f"{prefix}layers.0.mlp.gate_proj.weight"][0]),
         "num_hidden_layers": config.get("num_hidden_layers", published.layers(f"{prefix}layers.")),
         "num_attention_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "num_key_value_heads": first_of((config,), ("num_key_value_heads",), usual.get("num_key_value_heads")) or heads,
         "hidden_act": our_activation(config.get("hidden_act", "silu")),
-        "max_position_embeddings": first_of((config,), ("max_position_embeddings", "max_sequence_length"), 2048),
+        "max_position_embeddings": config.get("max_position_embeddings", usual.get("max_position_embeddings", 2048)),
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "initializer_range": config.get("initializer_range", 0.02),
         "tie_word_embeddings": tied and head == "FarspanForCausalLM",
@@ -179,8 +149,7 @@ def _softmax_options(published: Published, prefix: str, share: float) -> dict[st
 
 def read_llama_config(published: Published) -> FarspanConfig:
     """LLaMA's configuration."""
-    prefix = _prefix(published)
-    fields = llama_fields(published, prefix)
+    prefix, fields = _prefix(published), llama_fields(published)
     rope, share = read_rope(published.config)
     head_dim = published.config.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
     return FarspanConfig(
@@ -195,7 +164,11 @@ def read_llama_config(published: Published) -> FarspanConfig:
 def read_qwen3_config(published: Published) -> FarspanConfig:
     """Qwen3's configuration; layers with a window become `sliding_softmax` mixers."""
     config, prefix = published.config, _prefix(published)
-    fields = llama_fields(published, prefix)
+    attention = f"{prefix}layers.0.self_attn."
+    head_dim = first_of((config,), ("head_dim",), published.shapes[f"{attention}q_norm.weight"][0])
+    heads, groups = (published.shapes[f"{attention}{name}.weight"][0] // head_dim for name in ("q_proj", "v_proj"))
+    usual = {"num_attention_heads": heads, "num_key_value_heads": groups, "max_position_embeddings": 32768}
+    fields = llama_fields(published, usual)
     rope, share = read_rope(config)
     options = {**_softmax_options(published, prefix, share), "qk_norm": True, "norm_eps": fields["norm_eps"]}
     layers = fields["num_hidden_layers"]
@@ -213,7 +186,7 @@ def read_qwen3_config(published: Published) -> FarspanConfig:
     return FarspanConfig(
         mixers=mixers,
         mixer_options=mixer_options,
-        head_dim=config.get("head_dim", 128),
+        head_dim=head_dim,
         rope_parameters=rope,
         **fields,
     )
@@ -237,7 +210,8 @@ def neox_fields(published: Published) -> tuple[dict[str, Any], float]:
     vocabulary, width = shapes[f"{prefix}embed_in.weight"]
     heads = config.get("num_attention_heads", 64)
     rope, share = read_rope({"rotary_pct": 0.25, **config})
-    head, fields = ("FarspanForCausalLM" if prefix else "FarspanModel"), shared_fields(config)
+    head = "FarspanForCausalLM" if prefix else "FarspanModel"
+    fields = {"bos_token_id": 0, "eos_token_id": 2} | shared_fields(config)
     if "score.weight" in shapes:
         head = "FarspanForSequenceClassification"
         if fields.get("id2label") is None:
