@@ -1,5 +1,7 @@
 """The dynamic-mask layer: its switches, and a cache that holds the live keys and nothing else."""
 
+import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -231,6 +233,37 @@ def test_new_layers_are_plain_attention_whose_scale_moves_first() -> None:
     assert_close(out, plain(x, layout=SequenceLayout(torch.arange(30).expand(2, -1))), tolerances.FLOAT64)
     out.square().sum().backward()
     assert (mixer.bias_proj.weight.grad == 0).all() and (mixer.bias_scale.grad != 0).all()
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_padded_rows_attend_by_option(window: int | None) -> None:
+    """As its definition; a window counts places, and a row without any key weighs all values alike."""
+    mixer, x = (
+        build(padding_attends=True, sliding_window=window, keep_window_size=2),
+        torch.randn(2, 11, WIDTH).double(),
+    )
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    mask[0, :3] = mask[0, 8:] = mask[1, 2:8] = False
+    q, k, v = mixer.project(x, SequenceLayout(torch.arange(11).expand(2, -1)))
+    bias, out = mixer.key_bias(v), torch.empty(2, 11, 4, 6, dtype=torch.float64)
+    for row, i, head in itertools.product(range(2), range(11), range(4)):
+        keys, group = [j for j in range(max(0, i + 1 - (window or 11)), i + 1) if mask[row, j]], head // 2
+        best = [keys[n] for n in bias[row, keys, group].argsort()[-2:]]
+        scores = q[row, i, head] @ k[row, best, group].T * 6**-0.5 + bias[row, best, group]
+        out[row, i, head] = scores.softmax(0) @ v[row, best, group] if keys else v[row, :, group].mean(0)
+    x.requires_grad_()
+    ours = run(mixer, x, padding_mask=mask)
+    assert_close(ours, mixer.o_proj(out.flatten(2)), tolerances.FLOAT64)
+    ours.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in (x, *mixer.parameters()))
+    if window is None:
+        mixer.options = dataclasses.replace(mixer.options, padding_attends=False)
+        assert_close(run(mixer, x, padding_mask=mask)[mask], ours[mask], tolerances.FLOAT64)
+
+
+def test_padded_rows_attend_in_causal_models_alone() -> None:
+    with pytest.raises(ConfigError, match="padding_attends=true is a form of causal models"):
+        build(causal=False, padding_attends=True)
 
 
 @pytest.mark.parametrize("select", ["none", "relu", "topk_causal", "topk_global"])

@@ -36,6 +36,7 @@ SELECTED = {
 ROUTED = {
     "experts": {**GROUPED, **EXPERTS},
     "normed experts": {**GROUPED, **EXPERTS, "norm_topk_prob": True, "keep_window_size": 5},
+    "experts in a window": {**GROUPED, **EXPERTS, "keep_window_size": 4, "sliding_window": 6},
 }
 
 
@@ -74,11 +75,11 @@ def test_logits_hidden_states_and_loss(case: str) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("case", [*CASES, *SELECTED])
+@pytest.mark.parametrize("case", [*CASES, *SELECTED, *ROUTED])
 def test_padding(case: str, side: str) -> None:
     """The published window counts places, padding included, and so do its positions unless they are given."""
-    theirs = stock(**{**CASES, **SELECTED}[case])
-    ours, ids = converted(theirs, "doge"), distinct(12)
+    theirs = stock(**{**CASES, **SELECTED, **ROUTED}[case])
+    ours, ids = converted(theirs, "doge-moe" if case in ROUTED else "doge"), distinct(12)
     mask = torch.ones_like(ids)
     mask[1, slice(0, 4) if side == "left" else slice(8, 12)] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -109,11 +110,16 @@ def test_greedy_tokens(case: str, padded: bool) -> None:
     assert ours.generate(ids, **options).tolist() == theirs.generate(ids, **options).tolist()
 
 
-def test_greedy_tokens_routed_by_one_another() -> None:
-    """Three rows are routed together, in the prompt and in every step."""
+@pytest.mark.parametrize("padded", [False, True])
+def test_greedy_tokens_routed_by_one_another(padded: bool) -> None:
+    """Three rows are routed together, in the prompt, padding included, and in every step."""
     theirs = stock(**ROUTED["experts"])
     ours, ids = converted(theirs, "doge-moe"), prompt(7, rows=3)
-    options = {"max_new_tokens": 9, "do_sample": False}
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :3] = 0
+        ids[1, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False}
     assert ours.generate(ids, **options).tolist() == theirs.generate(ids, **options).tolist()
 
 

@@ -191,7 +191,7 @@ TINY: dict[str, Callable[[], FarspanConfig]] = {
     "doge/classifier": lambda: _doge({}, head_dim=12, **{**_CLASSIFIER, "tie_word_embeddings": False}),
     "doge/stack": lambda: _doge({}, architectures=["FarspanModel"], tie_word_embeddings=False),
     "doge/newest": lambda: _doge(_NEWEST),
-    "doge-moe": lambda: _doge({}, {**_GATE, "token_mixing": True, "router_aux_loss_coef": 0.0}),
+    "doge-moe": lambda: _doge({"padding_attends": True}, {**_GATE, "token_mixing": True, "router_aux_loss_coef": 0.0}),
     "doge-moe/balanced": lambda: _doge(_SMALL, {**_GATE, "unreachable_experts": 1, "router_aux_loss_coef": 0.1}),
     "doge-moe/newest": lambda: _doge(_NEWEST, _GATE, tie_word_embeddings=False),
     "longnet-decoder": lambda: _longnet(),

@@ -238,8 +238,12 @@ class DynamicMaskMixer(Mixer):
     def _attend_padded(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, ranking: Tensor, *, select: str, mask: Tensor
     ) -> Tensor:
-        """Every row attends, padded ones included; one that sees no real key weighs all values of its text alike."""
-        out = self._attend(q, k, v, bias, ranking, select=select, key_mask=mask)
+        """Every row attends, padded ones included; one that sees no real key weighs all values of its text alike.
+
+        Padded keys are hidden by their bias: a window then counts places, padding included, as the released one does.
+        """
+        bias, ranking = (x.masked_fill(~mask.unsqueeze(-1), -torch.inf) for x in (bias, ranking))
+        out = self._attend(q, k, v, bias, ranking, select=select)
         seen = mask.long().cumsum(1)
         if (window := self.options.sliding_window) is not None:
             seen = seen - nn.functional.pad(seen, (window, 0))[:, : seen.shape[1]]
