@@ -1,5 +1,7 @@
 """The public functions of retrieved experts: checks, choice of the backend, call."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,20 @@ from farspan.ops.activations import ACTIVATIONS
 from farspan.ops.experts.reference import product_key_topk_reference, retrieved_experts_reference
 from farspan.ops.experts.torch import product_key_topk_sorted, retrieved_experts_bags
 
+
+def no_double(tensors: Sequence[Tensor]) -> str | None:
+    """Why the kernels cannot serve these tensors; None if they can."""
+    return "the kernels accumulate in float32" if any(x.dtype == torch.float64 for x in tensors) else None
+
+
 register("product_key_topk", reference=product_key_topk_reference, torch=product_key_topk_sorted)
-register("retrieved_experts", reference=retrieved_experts_reference, torch=retrieved_experts_bags)
+register(
+    "retrieved_experts",
+    reference=retrieved_experts_reference,
+    torch=retrieved_experts_bags,
+    triton="farspan.ops.experts.triton:retrieved_experts_triton",
+    triton_limits=no_double,
+)
 
 
 def product_key_topk(scores_x: Tensor, scores_y: Tensor, k: int, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -94,7 +108,7 @@ def retrieved_experts(
         down: u, `[E, D]`, one input vector per expert.
         up: v, `[E, D]`, one output vector per expert.
         activation: `"silu"`, `"gelu"`, `"gelu_tanh"`, `"relu"` or `"sigmoid"`.
-        backend: `"auto"`, `"reference"` or `"torch"`.
+        backend: `"auto"`, `"reference"`, `"torch"` or `"triton"`.
 
     Returns:
         `[N, D]` in x's dtype. Differentiable in x, weights, down and up, to any order; sums run in a fixed order.

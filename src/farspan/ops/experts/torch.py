@@ -10,7 +10,8 @@ Three maps carry everything, and each is the gradient of the others, so that der
 by token in `mix` and by expert in `gather`: nothing is added atomically and results do not depend on timing.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,64 +46,120 @@ def retrieved_experts_bags(
     x: Tensor, expert_ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, *, activation: str
 ) -> Tensor:
     """The fast form of `retrieved_experts`; arguments and result as the reference's."""
-    hidden = _Dots.apply(x.to(down.dtype), expert_ids, down)
+    return compose(x, expert_ids, weights, down, up, activation, MAPS)
+
+
+class Slots(NamedTuple):
+    """Which expert stands in each slot of each token, and the slots of each expert.
+
+    Attributes:
+        ids: `[N, R]`.
+        order: `[N·R]`, the slots in the order of their experts; those of one expert in the order of tokens.
+        begins: `[E + 1]`, where the slots of each expert begin in it.
+    """
+
+    ids: Tensor
+    order: Tensor
+    begins: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, experts: int) -> "Slots":
+        by_expert, order = ids.flatten().sort(stable=True)
+        return cls(ids, order, torch.searchsorted(by_expert, torch.arange(experts + 1, device=ids.device)))
+
+
+class Maps(NamedTuple):
+    """How the three maps are computed.
+
+    Attributes:
+        dots: `(x [N, D], ids [N, R], table [E, D])` → `[N, R]`, accumulated in float32 at least.
+        mix: `(coefficients [N, R], ids, table)` → `[N, D]` in the table's dtype.
+        gather: `(coefficients, slots' ids, order and begins, x)` → `[E, D]` in x's dtype.
+    """
+
+    dots: Callable[[Tensor, Tensor, Tensor], Tensor]
+    mix: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gather: Callable[..., Tensor]
+
+
+def compose(
+    x: Tensor, expert_ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, activation: str, maps: Maps
+) -> Tensor:
+    """`retrieved_experts` from the three maps."""
+    differentiated = torch.is_grad_enabled() and (down.requires_grad or up.requires_grad)
+    slots = Slots.of(expert_ids, len(down)) if differentiated else Slots(expert_ids, expert_ids, expert_ids)
+    hidden = _Dots.apply(x.to(down.dtype), down, maps, *slots)
     coefficients = weights.to(hidden.dtype) * ACTIVATIONS[activation](hidden)
-    return _Mix.apply(coefficients, expert_ids, up).to(x.dtype)
+    return _Mix.apply(coefficients, up, maps, *slots).to(x.dtype)
+
+
+def _dots(x: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    out = x.new_empty(ids.shape, dtype=compute_dtype(x, table))
+    step = max(1, STRETCH[x.is_cuda] // max(1, ids.shape[1] * x.shape[1]))
+    for start in range(0, len(x), step):
+        some = ids[start : start + step]
+        rows = table.index_select(0, some.flatten()).to(out.dtype).unflatten(0, some.shape)
+        out[start : start + step] = rows.mul_(x[start : start + step].unsqueeze(1)).sum(-1)
+    return out
+
+
+def _mix(coefficients: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    return F.embedding_bag(ids, table, mode="sum", per_sample_weights=coefficients.to(table.dtype))
+
+
+def _gather(coefficients: Tensor, ids: Tensor, order: Tensor, begins: Tensor, x: Tensor) -> Tensor:
+    shares = coefficients.flatten()[order].to(x.dtype)
+    return F.embedding_bag(order // ids.shape[1], x, begins[:-1], mode="sum", per_sample_weights=shares)
+
+
+MAPS = Maps(_dots, _mix, _gather)
 
 
 class _Dots(torch.autograd.Function):
-    """`[N, D]` and `[E, D]` to `[N, R]`, accumulated in float32 at least."""
-
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ids: Tensor, table: Tensor) -> Tensor:
-        ctx.save_for_backward(x, ids, table)
-        out = x.new_empty(ids.shape, dtype=compute_dtype(x, table))
-        step = max(1, STRETCH[x.is_cuda] // max(1, ids.shape[1] * x.shape[1]))
-        for start in range(0, len(x), step):
-            some = ids[start : start + step]
-            rows = table.index_select(0, some.flatten()).to(out.dtype).unflatten(0, some.shape)
-            out[start : start + step] = rows.mul_(x[start : start + step].unsqueeze(1)).sum(-1)
-        return out
+    def forward(ctx: Any, x: Tensor, table: Tensor, maps: Maps, ids: Tensor, *sorted_slots: Tensor) -> Tensor:
+        ctx.save_for_backward(x, table, ids, *sorted_slots)
+        ctx.maps = maps
+        return maps.dots(x, ids, table)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, ids, table = ctx.saved_tensors
+        x, table, *slots = ctx.saved_tensors
         (d_out,) = gradients
-        dx = _Mix.apply(d_out, ids, table) if ctx.needs_input_grad[0] else None
-        return dx, None, _Gather.apply(d_out, ids, x, len(table)) if ctx.needs_input_grad[2] else None
+        dx = _Mix.apply(d_out, table, ctx.maps, *slots) if ctx.needs_input_grad[0] else None
+        d_table = _Gather.apply(d_out, x, ctx.maps, *slots) if ctx.needs_input_grad[1] else None
+        return dx, d_table, None, None, None, None
 
 
 class _Mix(torch.autograd.Function):
-    """`[N, R]` and `[E, D]` to `[N, D]` in the table's dtype."""
-
     @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, ids: Tensor, table: Tensor) -> Tensor:
-        ctx.save_for_backward(coefficients, ids, table)
-        return F.embedding_bag(ids, table, mode="sum", per_sample_weights=coefficients.to(table.dtype))
+    def forward(
+        ctx: Any, coefficients: Tensor, table: Tensor, maps: Maps, ids: Tensor, *sorted_slots: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(coefficients, table, ids, *sorted_slots)
+        ctx.maps = maps
+        return maps.mix(coefficients, ids, table)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        coefficients, ids, table = ctx.saved_tensors
+        coefficients, table, *slots = ctx.saved_tensors
         (d_out,) = gradients
-        d_coefficients = _Dots.apply(d_out, ids, table) if ctx.needs_input_grad[0] else None
-        d_table = _Gather.apply(coefficients, ids, d_out, len(table)) if ctx.needs_input_grad[2] else None
-        return d_coefficients, None, d_table
+        d_coefficients = _Dots.apply(d_out, table, ctx.maps, *slots) if ctx.needs_input_grad[0] else None
+        d_table = _Gather.apply(coefficients, d_out, ctx.maps, *slots) if ctx.needs_input_grad[1] else None
+        return d_coefficients, d_table, None, None, None, None
 
 
 class _Gather(torch.autograd.Function):
-    """`[N, R]` and `[N, D]` to `[E, D]` in x's dtype: the slots sorted by expert, one bag per expert."""
-
     @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, ids: Tensor, x: Tensor, experts: int) -> Tensor:
-        ctx.save_for_backward(coefficients, ids, x)
-        by_expert, order = ids.flatten().sort(stable=True)
-        begins = torch.searchsorted(by_expert, torch.arange(experts, device=ids.device))
-        shares = coefficients.flatten()[order].to(x.dtype)
-        return F.embedding_bag(order // ids.shape[1], x, begins, mode="sum", per_sample_weights=shares)
+    def forward(ctx: Any, coefficients: Tensor, x: Tensor, maps: Maps, *slots: Tensor) -> Tensor:
+        ctx.save_for_backward(coefficients, x, *slots)
+        ctx.maps = maps
+        return maps.gather(coefficients, *slots, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        coefficients, ids, x = ctx.saved_tensors
+        coefficients, x, *slots = ctx.saved_tensors
         (d_table,) = gradients
-        d_coefficients = _Dots.apply(x, ids, d_table) if ctx.needs_input_grad[0] else None
-        return d_coefficients, None, _Mix.apply(coefficients, ids, d_table) if ctx.needs_input_grad[2] else None, None
+        d_coefficients = _Dots.apply(x, d_table, ctx.maps, *slots) if ctx.needs_input_grad[0] else None
+        dx = _Mix.apply(coefficients, d_table, ctx.maps, *slots) if ctx.needs_input_grad[1] else None
+        return d_coefficients, dx, None, None, None, None
