@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,9 +26,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import farspan
-from farspan.ops import collinear_attention, collinear_coefficients, dilated_attention
+from farspan.mixers.dynamic_mask import DynamicMaskMixer, DynamicMaskOptions
+from farspan.mixers.layout import SequenceLayout
+from farspan.ops import collinear_attention, collinear_coefficients, dilated_attention, dynamic_mask_attention
 from farspan.ops.collinear.reference import collinear_key, collinear_query
 from farspan.ops.dilated.patterns import head_offsets
+from farspan.ops.dynamic_mask.reference import Selection, kept_keys
+from farspan.ops.dynamic_mask.triton import expiry_triton
 from ops_gpu import SMALLEST_ERROR, _Product, device_time, timed
 
 Call = Callable[..., Tensor]
@@ -221,8 +226,74 @@ def collinear_times() -> list[dict[str, Any]]:
     return found
 
 
-CHECKS = {"dilated": dilated_checks, "collinear": collinear_checks}
-TIMES = {"dilated": dilated_times, "collinear": collinear_times}
+def dynamic_mask_checks() -> list[dict[str, Any]]:
+    found = []
+    cases = {
+        "2 query heads a key head": (1500, 200, (4, 2, 2), 64, torch.bfloat16),
+        "2 query heads a key head, float16": (1500, 200, (4, 2, 2), 64, torch.float16),
+        "1 query head a key head, K=32": (1111, 333, (3, 3, 3), 32, torch.bfloat16),
+        "4 query heads a key head, K=128": (1024, 100, (8, 2, 2), 128, torch.bfloat16),
+        "bias per query head": (1024, 300, (4, 1, 4), 48, torch.bfloat16),
+        "most keys kept": (1500, 1400, (4, 2, 2), 64, torch.bfloat16),
+    }
+    for case, (length, keep, (heads, key_heads, bias_heads), width, dtype) in cases.items():
+        shape = (2, length, key_heads, width)
+        x = {"q": normal(2, length, heads, width, dtype=dtype), "k": normal(*shape, dtype=dtype)}
+        x |= {"v": normal(*shape, dtype=dtype), "bias": normal(2, length, bias_heads, dtype=torch.float32)}
+        kept = kept_keys(x["bias"], length, Selection(keep=keep)).repeat_interleave(heads // bias_heads, dim=1)
+        exact, fast = (
+            lambda q, k, v, bias, keep=keep, backend=backend: dynamic_mask_attention(
+                q, k, v, bias, keep=keep, backend=backend
+            )
+            for backend in ("torch", "triton")
+        )
+
+        def rounded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kept: Tensor = kept) -> Tensor:
+            added = bias.transpose(1, 2).repeat_interleave(q.shape[2] // bias.shape[2], dim=1).unsqueeze(2)
+            return rounded_attention(q, k, v, added.masked_fill(~kept, float("-inf")))
+
+        found.append(precision("dynamic_mask", case, x, exact, fast, rounded))
+    return found
+
+
+def dynamic_mask_times() -> list[dict[str, Any]]:
+    found, keep = [], 2048
+    for length, least, expiry_limit in ((8192, None, 0.2), (32768, 2.2, 0.3), (131072, 7.0, 0.6)):
+        x = {"q": normal(1, length, 16, 64), "k": normal(1, length, 8, 64), "v": normal(1, length, 8, 64)}
+        case = f"T={length}, H=16, G=8, K=64"
+        theirs = measure("cuDNN attention", case, dense, x)
+        x["bias"] = normal(1, length, 8, dtype=torch.float32)
+        call = lambda q, k, v, bias: dynamic_mask_attention(q, k, v, bias, keep=keep)  # noqa: E731
+        ours = measure("dynamic_mask", f"{case}, w={keep}", call, x)
+        factor = theirs["both_ms"] / ours["both_ms"]
+        ours |= {"faster_than_cudnn": factor, "passed": least is None or factor >= least}
+        ours["targets"] = {} if least is None else {"faster_than_cudnn": least}
+        bias = x["bias"].detach()
+        spent = device_time(lambda: expiry_triton(bias, keep), 10)  # noqa: B023
+        ours |= {"expiry_ms": spent, "expiry_limit_ms": expiry_limit}
+        ours["passed"] &= spent <= expiry_limit
+        found += [theirs, ours]
+        if length == 8192:
+            found.append(dynamic_mask_layer(length))
+    return found
+
+
+def dynamic_mask_layer(length: int) -> dict[str, Any]:
+    """The whole layer of Doge, projections included."""
+    shape = SimpleNamespace(
+        hidden_size=1024, num_attention_heads=16, num_key_value_heads=8, head_dim=64, causal=True,
+        max_position_embeddings=length, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    layer = DynamicMaskMixer(shape, DynamicMaskOptions(), 0).to("cuda", torch.bfloat16)
+    torch.nn.init.normal_(layer.bias_scale, std=0.5)
+    positions = torch.arange(length, device="cuda").unsqueeze(0)
+    call = lambda x: layer(x, layout=SequenceLayout(positions))  # noqa: E731
+    x = {"x": normal(1, length, 1024)}
+    return measure("dynamic_mask layer", f"T={length}, hidden 1024, w=2048", call, x, {"both_ms": 3.0})
+
+
+CHECKS = {"dilated": dilated_checks, "collinear": collinear_checks, "dynamic_mask": dynamic_mask_checks}
+TIMES = {"dilated": dilated_times, "collinear": collinear_times, "dynamic_mask": dynamic_mask_times}
 
 
 def show(checks: list[dict[str, Any]], times: list[dict[str, Any]]) -> None:
@@ -240,6 +311,8 @@ def show(checks: list[dict[str, Any]], times: list[dict[str, Any]]) -> None:
     for t in times:
         aims = ", ".join(f"{key} {limit:g}" for key, limit in t["targets"].items())
         aims += f" ({t['times_cudnn']:.3f} × cuDNN)" if "times_cudnn" in t else ""
+        if "expiry_ms" in t:
+            aims += f" ({t['faster_than_cudnn']:.2f}), expiry {t['expiry_ms']:.3f} of {t['expiry_limit_ms']}"
         numbers = (f"{t[column]:.3f}" for column in columns)
         table.add_row(t["operator"], t["case"], *numbers, aims, "ok" if t["passed"] else "MISSED")
     console.print(table)

@@ -1,14 +1,22 @@
 """The kernels of the attention-like operators on a GPU: against the formulas in float64, repeated, between others."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from farspan.ops import collinear_attention, collinear_coefficients, dilated_attention
+from farspan.ops import (
+    collinear_attention,
+    collinear_coefficients,
+    dilated_attention,
+    dynamic_mask_attention,
+    retrieved_experts,
+)
+from farspan.ops.dynamic_mask.expiry import expiry
 from tests import tolerances
-from tests.ops.checks import Named, assert_same, cast, outputs_and_gradients
+from tests.ops.checks import Named, assert_same, boundaries, cast, outputs_and_gradients
 from tests.ops.test_collinear import table
 
 pytestmark = [
@@ -83,3 +91,76 @@ def test_collinear_matches_reference(
         return collinear_attention(q, t, v, cos, sin, form=form, tie=tie, backend=backend)
 
     compare(op, x, "reference")
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("heads", [(4, 2, 2), (3, 3, 1), (8, 2, 2), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize(("queries", "keys", "width"), [(500, 500, 64), (100, 700, 32), (333, 333, 128)])
+def test_dynamic_mask_matches_torch(
+    queries: int, keys: int, width: int, heads: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    query_heads, key_heads, bias_heads = heads
+    x = normal(dtype, q=(2, queries, query_heads, width), k=(2, keys, key_heads, width), v=(2, keys, key_heads, width))
+    x["bias"] = torch.randn(2, keys, bias_heads, device="cuda")
+    compare(partial(dynamic_mask_attention, keep=150), x)
+
+
+def test_dynamic_mask_with_padding_or_packed_matches_torch() -> None:
+    x = normal(torch.bfloat16, q=(1, 600, 4, 64), k=(1, 600, 2, 64), v=(1, 600, 2, 64))
+    x["bias"] = torch.randn(1, 600, 2, device="cuda")
+    compare(partial(dynamic_mask_attention, keep=100, key_mask=torch.rand(1, 600, device="cuda") < 0.7), x)
+    compare(partial(dynamic_mask_attention, keep=100, cu_seqlens=boundaries([250, 0, 1, 349]).cuda()), x)
+
+
+@pytest.mark.parametrize("kind", ["random", "tied", "rising", "falling"])
+def test_expiry_equals_the_torch_form(kind: str) -> None:
+    from farspan.ops.dynamic_mask.triton import expiry_triton
+
+    bias = torch.randn(2, 5000, 3, device="cuda")
+    if kind == "tied":
+        bias = bias.round()
+    elif kind != "random":
+        bias = bias + torch.arange(5000, device="cuda").reshape(1, -1, 1) * (1 if kind == "rising" else -1)
+    want = expiry(bias, 700).transpose(1, 2).flatten(0, 1)
+    assert torch.equal(expiry_triton(bias, 700), want)
+
+
+def test_between_other_kernels_nothing_moves() -> None:
+    x = normal(torch.bfloat16, q=(1, 700, 4, 64), k=(1, 700, 2, 64), v=(1, 700, 2, 64))
+    x["bias"] = torch.randn(1, 700, 2, device="cuda")
+    other, call = torch.randn(1024, 1024, device="cuda"), partial(dynamic_mask_attention, keep=128)
+    first = results(call, x)
+    for _ in range(200):
+        torch.mm(other, other)
+        last = results(call, x)
+    assert all(torch.equal(last[name], first[name]) for name in first)
+
+
+CALLS: dict[str, Callable[..., Tensor]] = {
+    "dilated": partial(dilated_attention, segment_lengths=[64, 300], dilations=[1, 4]),
+    "dynamic_mask": partial(dynamic_mask_attention, keep=60),
+}
+
+
+@pytest.mark.parametrize("name", [*CALLS, "collinear"])
+def test_compiled_call_is_one_graph(name: str) -> None:
+    x = normal(torch.bfloat16, q=(1, 300, 4, 64), k=(1, 300, 4, 64), v=(1, 300, 4, 64))
+    if name == "dynamic_mask":
+        x["bias"] = torch.randn(1, 300, 4, device="cuda")
+    cos, sin = (y.float().cuda() for y in table(torch.arange(300).expand(1, -1), 64))
+
+    def collinear(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return collinear_attention(q, collinear_coefficients(k), v, cos, sin)
+
+    call = CALLS.get(name, collinear)
+    want = results(call, x)
+    assert_same(results(torch.compile(call, fullgraph=True, backend="aot_eager"), x), want, tolerances.BFLOAT16 / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("experts", [40, 4096])
+def test_experts_match_torch(experts: int, dtype: torch.dtype) -> None:
+    x = normal(dtype, x=(300, 200), weights=(300, 24), down=(experts, 200), up=(experts, 200))
+    x = {name: tensor if name == "x" else tensor * 200**-0.5 for name, tensor in x.items()}
+    ids = torch.randint(experts, (300, 24), device="cuda")
+    compare(partial(retrieved_experts, expert_ids=ids), x)

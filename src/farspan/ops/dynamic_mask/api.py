@@ -5,10 +5,17 @@ from torch import Tensor
 from farspan.errors import ConfigError, ShapeError
 from farspan.ops._backend import register, resolve
 from farspan.ops._contract import Contract, without_autocast
+from farspan.ops.dynamic_mask.limits import kernel_limits, option_limits
 from farspan.ops.dynamic_mask.reference import Selection, dynamic_mask_attention_reference
 from farspan.ops.dynamic_mask.torch import dynamic_mask_attention_torch
 
-register("dynamic_mask_attention", reference=dynamic_mask_attention_reference, torch=dynamic_mask_attention_torch)
+register(
+    "dynamic_mask_attention",
+    reference=dynamic_mask_attention_reference,
+    torch=dynamic_mask_attention_torch,
+    triton="farspan.ops.dynamic_mask.triton:dynamic_mask_attention_triton",
+    triton_limits=kernel_limits,
+)
 
 SELECTIONS = ("none", "topk_causal", "topk_global", "relu")
 
@@ -63,7 +70,8 @@ def dynamic_mask_attention(
         window: number of keys a query sees before the selection, itself included; None is all.
         key_mask: `[B, S]` bool or integer, True or 1 = a real key.
         cu_seqlens: `[num_seqs + 1]` int32 boundaries of documents packed in one row (B = 1, S = T); each selects alone.
-        backend: `"auto"`, `"reference"` or `"torch"`.
+        backend: `"auto"`, `"reference"`, `"torch"` or `"triton"` (kernels: 16 bit, K and V ≤ 128, `topk_causal` with a
+            bias per key, no window, no smoothing).
 
     Returns:
         `[B, T, H, V]` in v's dtype; a query without any key gives 0. The bias has a gradient at the kept keys only; the
@@ -122,7 +130,6 @@ def dynamic_mask_attention(
             raise ConfigError(f"{op}: {name}={value} must be at least 1.")
     if block_size is not None and select == "none":
         raise ConfigError(f"{op}: block_size={block_size} smooths a selection, but select='none' makes none.")
-    implementation = resolve(op, backend, (q, k, v, bias))
     selection = Selection(
         select=select,
         keep=keep,
@@ -133,6 +140,8 @@ def dynamic_mask_attention(
         cu_seqlens=cu_seqlens,
         ranking=None if ranking is None else ranking.detach(),
     )
+    beyond_kernels = option_limits(q, k, bias, selection)
+    implementation = resolve(op, backend, (q, k, v, bias), beyond_kernels=beyond_kernels)
     with without_autocast(q):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         out: Tensor = implementation(q, k, v, bias, scale=scale, selection=selection)

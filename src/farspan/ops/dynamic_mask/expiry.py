@@ -36,8 +36,8 @@ def expiry(bias: Tensor, keep: int, cu_seqlens: Tensor | None = None) -> Tensor:
         [4, 2, 3, 4]
     """
     batch, length, heads = bias.shape
-    starts, ends = _documents(length, cu_seqlens, bias.device)
-    if keep >= _longest(length, cu_seqlens):
+    starts, ends = documents(length, cu_seqlens, bias.device)
+    if keep >= longest_document(length, cu_seqlens):
         return ends.reshape(1, length, 1).expand(batch, length, heads)
     ranks = ranks_of(bias, cu_seqlens)
     thresholds = _thresholds(ranks, keep)
@@ -54,23 +54,34 @@ def expiry(bias: Tensor, keep: int, cu_seqlens: Tensor | None = None) -> Tensor:
     return expired.reshape(batch, heads, length).transpose(1, 2)
 
 
-def ranks_of(bias: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Each key's place in the order (document, bias, index): distinct integers, ties gone.
+def order_of(bias: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The keys in the order (document, bias, index), the best of a document last: ties are gone.
 
     Args:
         bias: `[B, S, M]`.
         cu_seqlens: document boundaries or None.
 
     Returns:
-        `[B·M, S]` int32; a document from a to b holds the ranks a … b − 1.
+        `[B·M, S]` int64; a document from a to b fills the places a … b − 1.
     """
     batch, length, heads = bias.shape
-    order = bias.detach().transpose(1, 2).reshape(batch * heads, length).argsort(dim=1, stable=True)
+    rows = bias.detach().transpose(1, 2).contiguous().view(batch * heads, length)
+    order = rows.argsort(dim=1, stable=True)
     if cu_seqlens is not None:
         document = varlen.sequence_ids(cu_seqlens)[order]
         order = order.gather(1, document.argsort(dim=1, stable=True))
-    places = torch.arange(length, dtype=torch.int32, device=bias.device).expand_as(order)
-    return torch.empty(order.shape, dtype=torch.int32, device=bias.device).scatter_(1, order, places)
+    return order
+
+
+def ranks_of(bias: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Each key's place in that order, `[B·M, S]` int32: distinct integers."""
+    return inverse(order_of(bias, cu_seqlens))
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Where each number stands in rows of permutations, int32."""
+    places = torch.arange(order.shape[1], dtype=torch.int32, device=order.device).expand_as(order)
+    return torch.empty(order.shape, dtype=torch.int32, device=order.device).scatter_(1, order, places)
 
 
 def _thresholds(ranks: Tensor, keep: int) -> Tensor:
@@ -112,7 +123,7 @@ def _thresholds(ranks: Tensor, keep: int) -> Tensor:
     return node
 
 
-def _documents(length: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+def documents(length: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Begin and end of every key's document, `[S]` int32 each."""
     if cu_seqlens is None:
         ends = torch.full((length,), length, dtype=torch.int32, device=device)
@@ -121,7 +132,8 @@ def _documents(length: int, cu_seqlens: Tensor | None, device: torch.device) -> 
     return cu_seqlens[:-1][document], cu_seqlens[1:][document]
 
 
-def _longest(length: int, cu_seqlens: Tensor | None) -> int:
+def longest_document(length: int, cu_seqlens: Tensor | None) -> int:
+    """Tokens of the longest document, or of the row."""
     if cu_seqlens is None:
         return length
     return max((end - start for start, end in varlen.spans(cu_seqlens)), default=0)

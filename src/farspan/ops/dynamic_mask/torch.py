@@ -10,11 +10,9 @@ from farspan.ops import varlen
 from farspan.ops._contract import compute_dtype
 from farspan.ops.dynamic_mask.blocks import HIDDEN, attend_live
 from farspan.ops.dynamic_mask.expiry import expiry, ranks_of
+from farspan.ops.dynamic_mask.limits import SHORT
 from farspan.ops.dynamic_mask.reference import Selection, dynamic_mask_attention_reference, key_blocks, smoothed
 from farspan.ops.softmax.torch import softmax_attention_sdpa
-
-# Entries of a score matrix so small that the definition is the fastest form.
-SHORT = 128 * 128
 
 
 def dynamic_mask_attention_torch(
@@ -43,8 +41,8 @@ def dynamic_mask_attention_torch(
 
 def _live(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, selection: Selection) -> Tensor:
     wide, cu_seqlens = compute_dtype(q, k, v), selection.cu_seqlens
-    bias = _without_padding(bias, selection)
-    expires = expiry(_ranking(bias, selection), selection.keep, cu_seqlens)
+    bias = without_padding(bias, selection)
+    expires = expiry(ranking_of(bias, selection), selection.keep, cu_seqlens)
     starts = torch.zeros(k.shape[1], dtype=torch.int32, device=k.device)
     if cu_seqlens is not None:
         starts = cu_seqlens[:-1][varlen.sequence_ids(cu_seqlens)]
@@ -57,7 +55,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, selectio
     """The bias rides along as key channels that meet a 1 in the query: one call of the fused kernels, no mask."""
     heads, bias_heads = q.shape[2], bias.shape[2]
     units, width = max(k.shape[2], bias_heads), v.shape[-1]
-    chosen = _chosen(_without_padding(bias.detach(), selection), selection)
+    chosen = _chosen(without_padding(bias.detach(), selection), selection)
     lowest = max(HIDDEN, torch.finfo(q.dtype).min / 2)
     bias = bias.masked_fill(~chosen, lowest).clamp(min=lowest)
     added = _in_parts(bias, q.dtype).repeat_interleave(units // bias_heads, dim=2)
@@ -81,13 +79,13 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, selectio
     return out[..., :width].masked_fill(empty.repeat_interleave(heads // bias_heads, dim=2).unsqueeze(-1), 0.0)
 
 
-def _without_padding(bias: Tensor, selection: Selection) -> Tensor:
+def without_padding(bias: Tensor, selection: Selection) -> Tensor:
     """−inf at padding."""
     mask = selection.key_mask
     return bias if mask is None else bias.masked_fill(~mask.unsqueeze(-1), float("-inf"))
 
 
-def _ranking(bias: Tensor, selection: Selection) -> Tensor:
+def ranking_of(bias: Tensor, selection: Selection) -> Tensor:
     """What the keys are ranked by, with hidden ones last."""
     return bias if selection.ranking is None else selection.ranking.masked_fill(bias == float("-inf"), float("-inf"))
 
@@ -102,7 +100,7 @@ def _chosen(bias: Tensor, selection: Selection) -> Tensor:
         ends = torch.full((keys,), keys, dtype=torch.int32, device=bias.device)
         if cu_seqlens is not None:
             ends = cu_seqlens[1:][varlen.sequence_ids(cu_seqlens)]
-        best = ranks_of(_ranking(bias, selection), cu_seqlens) >= ends - selection.keep
+        best = ranks_of(ranking_of(bias, selection), cu_seqlens) >= ends - selection.keep
         chosen = chosen & best.reshape(batch, heads, keys).transpose(1, 2)
     if selection.block_size is not None:
         blocks = key_blocks(keys, selection.block_size, key_mask, cu_seqlens, bias.device)

@@ -1,0 +1,32 @@
+"""What the kernels of dynamic mask attention cannot serve, told without importing them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from farspan.ops.dynamic_mask.reference import Selection
+
+WIDEST = 128
+# Entries of a score matrix so small that the definition is the fastest form.
+SHORT = 128 * 128
+
+
+def kernel_limits(tensors: Sequence[Tensor]) -> str | None:
+    """Why the kernels cannot serve these queries, keys, values and biases; None if they can."""
+    if any(tensor.dtype not in (torch.float16, torch.bfloat16) for tensor in tensors[:3]):
+        return "the kernels take 16-bit queries, keys and values"
+    widest = max(tensor.shape[-1] for tensor in tensors[:3])
+    return f"the kernels hold at most {WIDEST} channels per head, not {widest}" if widest > WIDEST else None
+
+
+def option_limits(q: Tensor, k: Tensor, bias: Tensor, selection: Selection) -> str | None:
+    """Why the kernels cannot serve this selection; None if they can."""
+    if selection.select != "topk_causal" or not selection.causal or bias.dim() != 3:
+        return "the kernels serve select='topk_causal' with causal=True and a bias per key"
+    if selection.window is not None or selection.block_size is not None:
+        return "the kernels have neither window nor block_size"
+    if selection.keep >= k.shape[1]:
+        return f"keep={selection.keep} drops none of {k.shape[1]} keys"
+    few = q.shape[1] == 1 or q.shape[1] * k.shape[1] <= SHORT
+    return "the definition is faster for so few scores" if few else None

@@ -1,0 +1,255 @@
+"""Dynamic mask attention on a GPU: expiry, lanes, and attention that touches live keys alone."""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from farspan.ops import varlen
+from farspan.ops._contract import plain_backward
+from farspan.ops._library import register_node
+from farspan.ops.dynamic_mask import expiry_kernels, kernels
+from farspan.ops.dynamic_mask.blocks import HIDDEN
+from farspan.ops.dynamic_mask.expiry import documents, inverse, longest_document, order_of
+from farspan.ops.dynamic_mask.reference import Selection
+from farspan.ops.dynamic_mask.torch import ranking_of, without_padding
+
+# Queries of a block, lanes of a tile, keys of a block of the order, places looked at together.
+ROWS, LANES, ORDERED, PLACES = 64, 64, 64, 1024
+# Warp-group matrix instructions fail on blocks of 32 columns.
+NARROWEST = 64
+INTERPRETED = not isinstance(kernels.attend_kernel, triton.runtime.JITFunction)
+DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+KEY_OPTIONS: dict[str, int] = {"QB": 1}
+LOG2E = 1.4426950408889634
+
+
+def dynamic_mask_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: float, selection: Selection
+) -> Tensor:
+    """See `dynamic_mask_attention`; serves what `option_limits` lets pass."""
+    units = max(k.shape[2], bias.shape[2])
+    bias = without_padding(bias, selection)
+    ranking = ranking_of(bias.detach(), selection)
+    expires, table = plan_node(ranking, bias.detach(), selection.cu_seqlens, q.shape[1], units, selection.keep)
+    by_unit = bias.float().clamp(min=HIDDEN).transpose(1, 2)
+    by_unit = by_unit.repeat_interleave(units // bias.shape[2], dim=1).contiguous()
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    rows = (x.to(dtype).contiguous() for x in (q, k, v))
+    out: Tensor = _Lanes.apply(*rows, by_unit, expires, table, scale)
+    return out.to(v.dtype)
+
+
+def expiry_triton(bias: Tensor, keep: int, cu_seqlens: Tensor | None = None) -> Tensor:
+    """`expiry` as rows, `[B·M, S]` int32."""
+    batch, length, heads = bias.shape
+    if keep >= longest_document(length, cu_seqlens):
+        return documents(length, cu_seqlens, bias.device)[1].repeat(batch * heads, 1)
+    order = order_of(bias, cu_seqlens)
+    ranks, expires = inverse(order), torch.empty(order.shape, dtype=torch.int32, device=bias.device)
+    blocks, table = _ordered_blocks(length, cu_seqlens, expires)
+    windows = torch.empty(len(expires), blocks, ORDERED, dtype=torch.int32, device=bias.device)
+    grid, packed = (blocks, len(expires)), cu_seqlens is not None
+    with torch.cuda.device_of(bias):
+        expiry_kernels.window_kernel[grid](
+            ranks, windows, table, length, keep, N=ORDERED, BX=PLACES, PACKED=packed, num_warps=4
+        )
+        expiry_kernels.expiry_kernel[grid](
+            order, windows, table, expires, length, N=ORDERED, PACKED=packed, num_warps=4
+        )
+    return expires
+
+
+def _ordered_blocks(length: int, cu_seqlens: Tensor | None, other: Tensor) -> tuple[int, Tensor]:
+    """Number of blocks of the order and, with documents, where each lies: start and end of its document, its number."""
+    if cu_seqlens is None:
+        return triton.cdiv(length, ORDERED), other
+
+    def build() -> Tensor:
+        sequence, number = varlen.chunk_indices(cu_seqlens, ORDERED).unbind(-1)
+        return torch.stack((cu_seqlens[sequence.long()], cu_seqlens[sequence.long() + 1], number), dim=-1)
+
+    table: Tensor = varlen.remember(cu_seqlens, ("ordered blocks", ORDERED), build)
+    return len(table), table
+
+
+def _plan(
+    ranking: Tensor, bias: Tensor, cu_seqlens: Tensor | None, queries: int, units: int, keep: int
+) -> tuple[Tensor, Tensor]:
+    """Expiry by unit `[B·U, S]`, 0 for hidden keys, and the lanes' keys `[B·U, blocks, W]`, −1 for none; int32."""
+    expires = expiry_triton(ranking, keep, cu_seqlens)
+    hidden = bias.isneginf().transpose(1, 2).reshape(expires.shape)
+    table = _lanes(expires, cu_seqlens, queries, keep)
+    expires = expires.masked_fill_(hidden, 0)
+    times = units // bias.shape[2]
+    return _by_unit(expires, bias.shape[0], times), _by_unit(table, bias.shape[0], times)
+
+
+def _by_unit(x: Tensor, batch: int, times: int) -> Tensor:
+    return x if times == 1 else x.unflatten(0, (batch, -1)).repeat_interleave(times, dim=1).flatten(0, 1)
+
+
+def _lanes(expires: Tensor, cu_seqlens: Tensor | None, queries: int, keep: int) -> Tensor:
+    rows, keys = expires.shape
+    starts, ends = documents(keys, cu_seqlens, expires.device)
+    blocks, lanes = triton.cdiv(queries, ROWS), triton.cdiv(keep, LANES) * LANES
+    before = torch.arange(keys, dtype=torch.int32, device=expires.device).repeat(rows, 1)
+    table = torch.full((rows, blocks, lanes), -1, dtype=torch.int32, device=expires.device)
+    grid, hops = (triton.cdiv(keys, PLACES), rows), ((keys - 1).bit_length() + 1) // 2
+    with torch.cuda.device_of(expires):
+        expiry_kernels.link_kernel[grid](expires, ends, before, keys, BX=PLACES)
+        for _ in range(hops):
+            expiry_kernels.hop_kernel[grid](before, keys, BX=PLACES)
+        expiry_kernels.birth_kernel[grid](
+            before, starts, table, keys, keep, keys - queries, blocks, lanes, C=ROWS, BX=PLACES
+        )
+        expiry_kernels.newest_kernel[(lanes // LANES, rows)](table, blocks, lanes, BM=32, BL=LANES, num_warps=4)
+    return table
+
+
+class _Lanes(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, expires: Tensor, table: Tensor, scale: float
+    ) -> Tensor:
+        out, lse = attend_node(q, k, v, bias, expires, table, scale)
+        ctx.save_for_backward(q, k, v, bias, expires, table, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @plain_backward
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = attend_gradient_node(d_out.contiguous(), *ctx.saved_tensors, ctx.scale)
+        return (*gradients, None, None, None)
+
+
+class _Call:
+    """Sizes of one call as the kernels take them."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> None:
+        (self.batch, queries, self.heads, width), (keys, groups), values = q.shape, k.shape[1:3], v.shape[3]
+        self.units, self.blocks, lanes = len(table) // max(self.batch, 1), table.shape[1], table.shape[2]
+        together = self.heads // self.units
+        self.sizes = (self.batch, queries, keys, self.heads, groups, self.units)
+        self.lanes, self.past = (self.blocks, lanes), keys - queries
+        # Two heads that share keys make the 128 rows of a tile.
+        self.options = {
+            "D": width,
+            "V": values,
+            "BD": max(NARROWEST, triton.next_power_of_2(width)),
+            "BV": max(NARROWEST, triton.next_power_of_2(values)),
+            "C": ROWS,
+            "QB": 2 if together % 2 == 0 else 1,
+            "DOT": tl.float32 if INTERPRETED else DOT[q.dtype],
+            "PRECISION": "ieee",
+            "num_warps": 4 if max(width, values) <= 64 else 8,
+        }
+        # Sums of keys stay in registers, so one head at a time.
+        self.key_options = self.options | KEY_OPTIONS
+
+    @property
+    def query_grid(self) -> tuple[int, int]:
+        return self.blocks, self.batch * self.heads // self.options["QB"]
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, expires: Tensor, table: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    call, (out, lse) = _Call(q, k, v, table), _room(q, k, v)
+    with torch.cuda.device_of(q):
+        kernels.attend_kernel[call.query_grid](
+            q, k, v, bias, expires, table, out, lse, scale * LOG2E, *call.sizes, *call.lanes, call.past,
+            BN=LANES, num_stages=3, **call.options,
+        )  # fmt: skip
+    return out, lse
+
+
+def _attend_gradient(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    expires: Tensor,
+    table: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call, delta, dq = _Call(q, k, v, table), torch.empty_like(lse), torch.empty_like(q)
+    rows = (*k.shape[:2], call.units)
+    shapes = ((*rows, k.shape[3]), (*rows, v.shape[3]), bias.shape)
+    dk, dv, d_bias = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes)
+    if call.past:  # keys before the first query have no block of their own
+        for gradient in (dk, dv, d_bias):
+            gradient.zero_()
+    key_tensors, scales = (lse, delta, d_out, dk, dv, d_bias), (scale * LOG2E, scale)
+    with torch.cuda.device_of(q):
+        kernels.query_gradient_kernel[call.query_grid](
+            q, k, v, bias, expires, table, out, lse, d_out, dq, delta, *scales, *call.sizes, *call.lanes, call.past,
+            BN=LANES, num_stages=2, **call.options,
+        )  # fmt: skip
+        kernels.own_gradient_kernel[(call.blocks, call.batch * call.units)](
+            q,
+            k,
+            v,
+            bias,
+            expires,
+            *key_tensors,
+            *scales,
+            *call.sizes,
+            call.past,
+            num_stages=1,
+            **call.key_options,
+        )
+        kernels.lane_gradient_kernel[(call.lanes[1] // LANES, call.batch * call.units)](
+            q, k, v, bias, expires, table, *key_tensors, *scales, *call.sizes, *call.lanes, call.past,
+            BL=LANES, num_stages=1, **call.key_options,
+        )  # fmt: skip
+    if call.units > k.shape[2]:
+        dk, dv = (x.unflatten(2, (k.shape[2], -1)).sum(3) for x in (dk, dv))
+    return dq, dk.to(k.dtype), dv.to(v.dtype), d_bias
+
+
+def _room(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _ = q.shape
+    out = v.new_empty(batch, queries, heads, v.shape[3])
+    return out, q.new_empty(batch, heads, queries, dtype=torch.float32)
+
+
+def _gradient_room(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(bias)
+
+
+def _plan_room(
+    ranking: Tensor, bias: Tensor, cu_seqlens: Tensor | None, queries: int, units: int, keep: int
+) -> tuple[Tensor, Tensor]:
+    rows, blocks, lanes = ranking.shape[0] * units, -(-queries // ROWS), -(-keep // LANES) * LANES
+    make = functools.partial(ranking.new_empty, dtype=torch.int32)
+    return make(rows, ranking.shape[1]), make(rows, blocks, lanes)
+
+
+plan_node = register_node(
+    "dynamic_mask_plan(Tensor ranking, Tensor bias, Tensor? cu_seqlens, SymInt queries, int units, int keep) "
+    "-> (Tensor expires, Tensor table)",
+    _plan,
+    _plan_room,
+)
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor bias, Tensor expires, Tensor table"
+attend_node = register_node(
+    f"dynamic_mask_lanes({_INPUTS}, float scale) -> (Tensor out, Tensor lse)",
+    _attend,
+    _room,
+)
+attend_gradient_node = register_node(
+    f"dynamic_mask_lanes_gradient(Tensor d_out, {_INPUTS}, Tensor out, Tensor lse, float scale) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor d_bias)",
+    _attend_gradient,
+    _gradient_room,
+)

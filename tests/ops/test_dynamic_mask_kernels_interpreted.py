@@ -1,0 +1,90 @@
+"""The kernels of dynamic mask attention in Triton's interpreter, against the definition, forward and gradient."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.ops.dynamic_mask import triton as kernels
+from farspan.ops.dynamic_mask.expiry import expiry
+from farspan.ops.dynamic_mask.reference import Selection, dynamic_mask_attention_reference
+from tests import tolerances
+from tests.ops.checks import assert_close, boundaries
+from tests.ops.test_dynamic_mask import make
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in {"ROWS": 16, "LANES": 16, "ORDERED": 8, "PLACES": 32, "NARROWEST": 16}.items():
+        monkeypatch.setattr(kernels, name, size)
+
+
+def compare(tensors: list[Tensor], **options: object) -> None:
+    selection = Selection(**options)
+    cotangent = torch.randn(*tensors[0].shape[:3], tensors[2].shape[-1], dtype=torch.float64)
+    results = []
+    for call, dtype in (
+        (dynamic_mask_attention_reference, torch.float64),
+        (kernels.dynamic_mask_attention_triton, None),
+    ):
+        leaves = [x.detach().to(dtype or torch.float32).requires_grad_() for x in tensors]
+        out = call(*leaves, scale=0.7, selection=selection)
+        results.append([out.detach(), *torch.autograd.grad((out * cotangent.to(out.dtype)).sum(), leaves)])
+    want, got = results
+    for name, a, b in zip(("out", "dq", "dk", "dv", "d_bias"), got, want, strict=True):
+        assert_close(a, b, tolerances.FLOAT32, name, largest=torch.ones(()))
+
+
+@pytest.mark.parametrize("keep", [1, 3, 20, 40])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("length", [7, 70])
+def test_expiry_equals_the_torch_form(length: int, tied: bool, keep: int) -> None:
+    bias = torch.randn(2, length, 3)
+    bias = bias.round() if tied else bias
+    want = expiry(bias, keep).transpose(1, 2).flatten(0, 1)
+    assert torch.equal(kernels.expiry_triton(bias, keep), want)
+
+
+@pytest.mark.parametrize("trend", [-1.0, 1.0])
+def test_expiry_of_falling_and_rising_biases(trend: float) -> None:
+    bias = trend * torch.arange(100.0).reshape(1, 100, 1)
+    assert torch.equal(kernels.expiry_triton(bias, 30), expiry(bias, 30).transpose(1, 2).flatten(0, 1))
+
+
+@pytest.mark.parametrize("lengths", [[20, 0, 3, 41], [0, 9, 60, 0]])
+def test_expiry_of_packed_documents(lengths: list[int]) -> None:
+    bias, cu_seqlens = torch.randn(1, sum(lengths), 2), boundaries(lengths)
+    want = expiry(bias, 5, cu_seqlens).transpose(1, 2).flatten(0, 1)
+    assert torch.equal(kernels.expiry_triton(bias, 5, cu_seqlens), want)
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 2), (3, 3, 1), (2, 1, 2), (4, 1, 1)])
+def test_attention_matches_the_definition(heads: tuple[int, int, int]) -> None:
+    compare(make(60, heads=heads, batch=1), keep=20)
+
+
+@pytest.mark.parametrize("trend", [-0.5, 0.5])
+def test_keys_that_pass_quickly_match_the_definition(trend: float) -> None:
+    tensors = make(70, heads=(2, 1, 1), batch=1)
+    with torch.no_grad():
+        tensors[3] += trend * torch.arange(70).reshape(1, 70, 1)
+    compare(tensors, keep=10)
+
+
+@pytest.mark.parametrize(("queries", "past"), [(20, 37), (3, 50)])
+def test_queries_behind_a_past_match_the_definition(queries: int, past: int) -> None:
+    compare(make(queries, past, tied=True), keep=18)
+
+
+def test_padding_and_hidden_keys_match_the_definition() -> None:
+    tensors = make(50)
+    with torch.no_grad():
+        tensors[3][:, 10:30] = float("-inf")
+    compare(tensors, keep=12, key_mask=torch.rand(2, 50) < 0.7)
+
+
+def test_packed_documents_match_the_definition() -> None:
+    compare(make(64, batch=1), keep=8, cu_seqlens=boundaries([20, 0, 1, 43]))
+
+
+def test_another_ranking_matches_the_definition() -> None:
+    compare(make(40, batch=1), keep=9, ranking=torch.randn(1, 40, 2))
