@@ -88,3 +88,17 @@ def test_packed_documents_match_the_definition() -> None:
 
 def test_another_ranking_matches_the_definition() -> None:
     compare(make(40, batch=1), keep=9, ranking=torch.randn(1, 40, 2))
+
+
+def test_gradient_of_the_bias_does_not_round_with_the_output() -> None:
+    tensors = make(60, heads=(4, 2, 2), batch=1)
+    half = [x.detach().half() for x in tensors[:3]] + [tensors[3].detach().float()]
+    cotangent, gradients = torch.randn(1, 60, 4, 3).half(), []
+    for call, dtype in (
+        (dynamic_mask_attention_reference, torch.float64),
+        (kernels.dynamic_mask_attention_triton, None),
+    ):
+        leaves = [(x if dtype is None else x.to(dtype)).requires_grad_() for x in half]
+        out = call(*leaves, scale=0.7, selection=Selection(keep=20))
+        gradients.append(torch.autograd.grad((out * cotangent.to(out.dtype)).sum(), leaves[3])[0])
+    assert_close(gradients[1], gradients[0], tolerances.FLOAT32_STEP, "d_bias")

@@ -163,6 +163,7 @@ def _backward(
                     call.heads,
                     **_sizes(call, some),
                 )
+            del parts  # before the next stretch makes its own
     dq, dk, dv = (x.view(shape) for x in gradients)
     return dq, dk, dv
 

@@ -4,6 +4,9 @@ The table of lanes names for each block the keys that are alive when it begins; 
 is born inside it stands in the block's own tile. The gradient of queries walks along the lanes of one block. That of
 keys walks along the blocks of some lanes, holds 64 keys at a time, and gives a key's sum away when another takes its
 lane: every pair is met once, nothing is added atomically.
+
+A gradient of the bias is a sum of differences, d_out·v − d_out·out: what rounding takes from the output is kept beside
+it, for a sum of a thousand such differences shows it.
 """
 
 # mypy: ignore-errors
@@ -57,11 +60,11 @@ def _group(H, G, U, B, QB: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "T", "S", "H", "G", "U", "blocks", "W", "first_row"])
 def attend_kernel(
-    q, k, v, bias, expires, table, out, lse, scale, B, T, S, H, G, U, blocks, W, first_row,
+    q, k, v, bias, expires, table, out, rest, lse, scale, B, T, S, H, G, U, blocks, W, first_row,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, QB: tl.constexpr,
     BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output `[B, T, H, V]` and log-sum-exp in bits `[B, H, T]` of QB heads of a block."""
+    """Output `[B, T, H, V]`, what its rounding took away, log-sum-exp in bits `[B, H, T]`, of QB heads of a block."""
     block = tl.program_id(0)
     batch, head, unit, g = _group(H, G, U, B, QB)
     m = tl.arange(0, QB * C)
@@ -89,8 +92,11 @@ def attend_kernel(
     empty = weight == 0.0
     acc = acc / tl.where(empty, 1.0, weight)[:, None]
     c = tl.arange(0, BV)
-    p_out = out + ((batch * T + row) * H + heads)[:, None] * V + c[None, :]
-    tl.store(p_out, acc.to(out.dtype.element_ty), mask=real[:, None] & (c < V)[None, :])
+    place = ((batch * T + row) * H + heads)[:, None] * V + c[None, :]
+    rounded = acc.to(out.dtype.element_ty)
+    tl.store(out + place, rounded, mask=real[:, None] & (c < V)[None, :])
+    taken = acc - rounded.to(tl.float32)
+    tl.store(rest + place, taken.to(rest.dtype.element_ty), mask=real[:, None] & (c < V)[None, :])
     tl.store(lse + (batch * H + heads) * T + row, top + tl.log2(tl.where(empty, 1.0, weight)), mask=real)
 
 
@@ -104,7 +110,7 @@ def _score_gradient(b_q, b_do, b_k, b_v, b_bias, seen, b_lse, delta, scale, PREC
 
 @triton.jit(do_not_specialize=["B", "T", "S", "H", "G", "U", "blocks", "W", "first_row"])
 def query_gradient_kernel(
-    q, k, v, bias, expires, table, out, lse, d_out, dq, delta, scale, plain_scale, B, T, S, H, G, U, blocks, W,
+    q, k, v, bias, expires, table, out, rest, lse, d_out, dq, delta, scale, plain_scale, B, T, S, H, G, U, blocks, W,
     first_row,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, QB: tl.constexpr,
     BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -118,6 +124,7 @@ def query_gradient_kernel(
     b_q = _rows(q + batch * T * H * D, row, heads, real, T, H, D, BD, DOT)
     b_do = _rows(d_out + batch * T * H * V, row, heads, real, T, H, V, BV, DOT)
     b_out = _rows(out + batch * T * H * V, row, heads, real, T, H, V, BV, tl.float32)
+    b_out += _rows(rest + batch * T * H * V, row, heads, real, T, H, V, BV, tl.float32)
     b_delta = tl.sum(b_out * b_do.to(tl.float32), 1)
     tl.store(delta + (batch * H + heads) * T + row, b_delta, mask=real)
     b_lse = tl.load(lse + (batch * H + heads) * T + row, mask=real, other=float("inf"))
@@ -234,7 +241,10 @@ def lane_gradient_kernel(
     b_dv = tl.zeros((BL, BV), tl.float32)
     db = tl.zeros((BL,), tl.float32)
     m = tl.arange(0, QB * C)
-    for block in range(blocks):
+    # Lanes fill in order: before the first key of these has come, there is nothing to do.
+    empty = tl.maximum(tl.program_id(0) * BL - first_row, 0) // C
+    table += empty.to(tl.int64) * W
+    for block in range(empty, blocks):
         newest = tl.load(table + lane)
         table += W
         changed = newest != j

@@ -115,8 +115,8 @@ class _Lanes(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, expires: Tensor, table: Tensor, scale: float
     ) -> Tensor:
-        out, lse = attend_node(q, k, v, bias, expires, table, scale)
-        ctx.save_for_backward(q, k, v, bias, expires, table, out, lse)
+        out, rest, lse = attend_node(q, k, v, bias, expires, table, scale)
+        ctx.save_for_backward(q, k, v, bias, expires, table, out, rest, lse)
         ctx.scale = scale
         return out
 
@@ -158,14 +158,14 @@ class _Call:
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, expires: Tensor, table: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    call, (out, lse) = _Call(q, k, v, table), _room(q, k, v)
+) -> tuple[Tensor, Tensor, Tensor]:
+    call, (out, rest, lse) = _Call(q, k, v, table), _room(q, k, v)
     with torch.cuda.device_of(q):
         kernels.attend_kernel[call.query_grid](
-            q, k, v, bias, expires, table, out, lse, scale * LOG2E, *call.sizes, *call.lanes, call.past,
+            q, k, v, bias, expires, table, out, rest, lse, scale * LOG2E, *call.sizes, *call.lanes, call.past,
             BN=LANES, num_stages=3, **call.options,
         )  # fmt: skip
-    return out, lse
+    return out, rest, lse
 
 
 def _attend_gradient(
@@ -177,6 +177,7 @@ def _attend_gradient(
     expires: Tensor,
     table: Tensor,
     out: Tensor,
+    rest: Tensor,
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -190,8 +191,8 @@ def _attend_gradient(
     key_tensors, scales = (lse, delta, d_out, dk, dv, d_bias), (scale * LOG2E, scale)
     with torch.cuda.device_of(q):
         kernels.query_gradient_kernel[call.query_grid](
-            q, k, v, bias, expires, table, out, lse, d_out, dq, delta, *scales, *call.sizes, *call.lanes, call.past,
-            BN=LANES, num_stages=2, **call.options,
+            q, k, v, bias, expires, table, out, rest, lse, d_out, dq, delta, *scales, *call.sizes, *call.lanes,
+            call.past, BN=LANES, num_stages=2, **call.options,
         )  # fmt: skip
         kernels.own_gradient_kernel[(call.blocks, call.batch * call.units)](
             q,
@@ -215,10 +216,10 @@ def _attend_gradient(
     return dq, dk.to(k.dtype), dv.to(v.dtype), d_bias
 
 
-def _room(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _room(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
-    out = v.new_empty(batch, queries, heads, v.shape[3])
-    return out, q.new_empty(batch, heads, queries, dtype=torch.float32)
+    out, rest = (v.new_empty(batch, queries, heads, v.shape[3]) for _ in range(2))
+    return out, rest, q.new_empty(batch, heads, queries, dtype=torch.float32)
 
 
 def _gradient_room(
@@ -243,12 +244,12 @@ plan_node = register_node(
 )
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor bias, Tensor expires, Tensor table"
 attend_node = register_node(
-    f"dynamic_mask_lanes({_INPUTS}, float scale) -> (Tensor out, Tensor lse)",
+    f"dynamic_mask_lanes({_INPUTS}, float scale) -> (Tensor out, Tensor rest, Tensor lse)",
     _attend,
     _room,
 )
 attend_gradient_node = register_node(
-    f"dynamic_mask_lanes_gradient(Tensor d_out, {_INPUTS}, Tensor out, Tensor lse, float scale) "
+    f"dynamic_mask_lanes_gradient(Tensor d_out, {_INPUTS}, Tensor out, Tensor rest, Tensor lse, float scale) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor d_bias)",
     _attend_gradient,
     _gradient_room,
