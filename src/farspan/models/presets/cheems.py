@@ -1,7 +1,7 @@
 """Cheems of Wonderful Matrices: seven layers of state space duality, then one of dynamic mask attention.
 
-Source: LoserCheems/WonderfulMatrices: models/configuration_cheems.py (its defaults). The published initial values, A = +1
-and keys of the router at zero, are not these: with them the state grows exponentially and all experts tie.
+Source: LoserCheems/WonderfulMatrices: models/configuration_cheems.py (its defaults). The published initial values,
+A = +1 and router keys of zero, are not these: with them the state grows exponentially and all experts tie.
 """
 
 from typing import Any

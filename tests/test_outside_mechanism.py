@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding_a_mechanism.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "adding_a_mechanism.md"
 BLOCK = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.S | re.M)[0]
 
 
