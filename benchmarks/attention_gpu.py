@@ -13,6 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,14 @@ from torch.nn.functional import scaled_dot_product_attention
 import farspan
 from farspan.mixers.dynamic_mask import DynamicMaskMixer, DynamicMaskOptions
 from farspan.mixers.layout import SequenceLayout
-from farspan.ops import collinear_attention, collinear_coefficients, dilated_attention, dynamic_mask_attention
+from farspan.nn.experts.cdmoe import CDMoE, CDMoEOptions
+from farspan.ops import (
+    collinear_attention,
+    collinear_coefficients,
+    dilated_attention,
+    dynamic_mask_attention,
+    retrieved_experts,
+)
 from farspan.ops.collinear.reference import collinear_key, collinear_query
 from farspan.ops.dilated.patterns import head_offsets
 from farspan.ops.dynamic_mask.reference import Selection, kept_keys
@@ -292,8 +300,44 @@ def dynamic_mask_layer(length: int) -> dict[str, Any]:
     return measure("dynamic_mask layer", f"T={length}, hidden 1024, w=2048", call, x, {"both_ms": 3.0})
 
 
-CHECKS = {"dilated": dilated_checks, "collinear": collinear_checks, "dynamic_mask": dynamic_mask_checks}
-TIMES = {"dilated": dilated_times, "collinear": collinear_times, "dynamic_mask": dynamic_mask_times}
+def experts_checks() -> list[dict[str, Any]]:
+    found = []
+    for dtype in (torch.bfloat16, torch.float16):
+        x = {"x": normal(1000, 512, dtype=dtype), "weights": normal(1000, 64, dtype=dtype)}
+        x |= {key: normal(4096, 512, dtype=dtype) * 512**-0.5 for key in ("down", "up")}
+        ids = torch.randint(4096, (1000, 64), device="cuda")
+
+        def call(backend: str, ids: Tensor = ids, **tensors: Tensor) -> Tensor:
+            return retrieved_experts(expert_ids=ids, backend=backend, **tensors)
+
+        exact, fast, rounded = (partial(call, backend) for backend in ("reference", "triton", "torch"))
+        found.append(precision("experts", str(dtype)[6:], x, exact, fast, rounded))
+    return found
+
+
+def experts_times() -> list[dict[str, Any]]:
+    found = []
+    for experts, target in ((16384, {"both_ms": 1.9, "extra_gib": 0.5}), (10**6, {"both_ms": 6.0})):
+        shape = SimpleNamespace(hidden_size=1024, intermediate_size=2048, hidden_act="silu", initializer_range=0.02)
+        layer = CDMoE(shape, CDMoEOptions(num_experts=experts)).to("cuda", torch.bfloat16)
+        call = lambda x, layer=layer: layer(x)[0]  # noqa: E731
+        case = f"T=8192, hidden 1024, {experts} experts, 64 a token"
+        found.append(measure("cdmoe layer", case, call, {"x": normal(1, 8192, 1024)}, target))
+    return found
+
+
+CHECKS = {
+    "dilated": dilated_checks,
+    "collinear": collinear_checks,
+    "dynamic_mask": dynamic_mask_checks,
+    "experts": experts_checks,
+}
+TIMES = {
+    "dilated": dilated_times,
+    "collinear": collinear_times,
+    "dynamic_mask": dynamic_mask_times,
+    "experts": experts_times,
+}
 
 
 def show(checks: list[dict[str, Any]], times: list[dict[str, Any]]) -> None:
