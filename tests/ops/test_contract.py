@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farspan.errors import BackendUnavailable, ConfigError, ShapeError
+from farspan.errors import BackendUnavailable, ConfigError, ShapeError, nearest
 from farspan.ops import _backend, availability, gated_linear_attention, metala_attention, varlen
 from tests.ops.checks import boundaries
 
@@ -126,3 +126,19 @@ def test_boundaries_are_read_again_after_a_write() -> None:
     assert varlen.boundaries(cu_seqlens) == [0, 2, 4]
     cu_seqlens[1] = 3
     assert varlen.boundaries(cu_seqlens) == [0, 3, 4]
+
+
+def test_kernels_that_have_to_be_named_are_not_taken_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        is_cuda = True
+
+    def plain() -> None: ...
+
+    for part in ("_implementations", "_kernels", "_by_name"):
+        monkeypatch.setattr(_backend, part, type(getattr(_backend, part))(getattr(_backend, part)))
+    monkeypatch.setattr(_backend, "triton_reason", lambda *_: None)
+    for name, automatic in (("proved", True), ("unproved", False)):
+        _backend.register(name, reference=plain, torch=plain, triton="farspan.errors:nearest", automatic=automatic)
+    assert _backend.resolve("proved", "auto", [OnGpu()]) is nearest
+    assert _backend.resolve("unproved", "auto", [OnGpu()]) is plain
+    assert _backend.resolve("unproved", "triton", [OnGpu()]) is nearest

@@ -33,6 +33,7 @@ class _Kernels:
 _implementations: dict[str, dict[str, Implementation]] = {}
 _kernels: dict[str, _Kernels] = {}
 _limits: dict[str, Limits] = {}
+_by_name: set[str] = set()
 
 
 def _constant(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,6 +49,7 @@ def register(
     torch: Implementation,
     triton: str | None = None,
     triton_limits: Limits | None = None,
+    automatic: bool = True,
 ) -> None:
     """Registers the implementations of one operator.
 
@@ -57,12 +59,16 @@ def register(
         torch: the fast form in PyTorch; may be the same function.
         triton: `"module:function"` of the kernel form, imported at its first use; None when there is none.
         triton_limits: given the tensors of a call, says why the kernels cannot serve them, or None.
+        automatic: whether `"auto"` takes the kernels; False for kernels that have not been proved on a card yet, which
+            have to be named.
     """
     _implementations[op] = {"reference": reference, "torch": torch}
     if triton is not None:
         _kernels[op] = _Kernels(triton)
     if triton_limits is not None:
         _limits[op] = triton_limits
+    if not automatic:
+        _by_name.add(op)
 
 
 def resolve(
@@ -89,7 +95,7 @@ def resolve(
         raise ConfigError(f"{op}: backend={backend!r} is not known; {nearest(backend, BACKENDS)}")
     given = [tensor for tensor in tensors if tensor is not None]
     if backend == "auto":
-        on_gpu = len(given) > 0 and given[0].is_cuda
+        on_gpu = len(given) > 0 and given[0].is_cuda and op not in _by_name
         serves = on_gpu and triton_reason(op, given) is None and beyond_kernels is None
         backend = "triton" if serves else "torch"
     elif backend == "triton":

@@ -25,6 +25,7 @@ register(
     torch=retrieved_experts_bags,
     triton="farspan.ops.experts.triton:retrieved_experts_triton",
     triton_limits=no_double,
+    automatic=False,
 )
 
 
