@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DogeConfig, DogeForCausalLM, DogeForSequenceClassification
 
 from farspan import FarspanForCausalLM
@@ -209,15 +209,22 @@ def test_defaults_of_the_seed() -> None:
 
 
 def test_the_seed_without_its_dynamic_bias() -> None:
-    """`is_causal` leaves the bias unused: its parameters are no part of the model, and are written as zeros."""
+    """`is_causal` leaves the bias unused; its parameters are held for the way back and take part in nothing."""
     family, found = families.get("doge-seed"), published("doge-seed", is_causal=True)
     config = family.read_config(found)
-    assert config.mixer_options["dynamic_mask"]["bias_form"] == "none"
+    options = config.mixer_options["dynamic_mask"]
+    assert (options["bias_form"], options["unused_bias"]) == ("none", True)
     assert family.write_config(config)["is_causal"] is True
-    entries = {entry.published: entry for entry in family.entries(config)}
-    unused = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("A", "dt_proj.weight")]
-    assert all(not entries[name].our_names() for name in unused) and entries.keys() == found.shapes.keys()
-    assert all(tuple(entries[name].write({}).shape) == found.shapes[name] for name in unused)
+    entries = family.entries(config)
+    assert {entry.published for entry in entries if entry.our_names()} == set(found.shapes) - {"lm_head.weight"}
+    torch.manual_seed(0)
+    model, ids = FarspanForCausalLM(config).eval(), torch.randint(0, 61, (2, 9))
+    before = model(ids).logits
+    model(ids, labels=ids).loss.backward()
+    for block in model.model.blocks:
+        assert block.mixer.bias_scale.grad is None and block.mixer.bias_proj.weight.grad is None
+        nn.init.normal_(block.mixer.bias_scale)
+    assert model(ids).logits.equal(before)
 
 
 def test_early_names() -> None:

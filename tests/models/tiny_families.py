@@ -184,6 +184,9 @@ TINY: dict[str, Callable[[], FarspanConfig]] = {
     "doge-seed/classifier": lambda: _doge(
         SEED_ATTENTION, bias=True, **{**_SEED_TOKENS, **_CLASSIFIER, "tie_word_embeddings": False}
     ),
+    "doge-seed/plain": lambda: _doge(
+        {**SEED_ATTENTION, "bias_form": "none", "unused_bias": True}, **{**_SEED_TOKENS, "tie_word_embeddings": False}
+    ),
     "doge-small": lambda: _doge(_SMALL, rope_parameters={"rope_type": "linear", "factor": 2.0}),
     "doge": lambda: _doge(
         {"keep_window_size": 4, "sliding_window": 6}, tie_word_embeddings=False, bias=True, hidden_dropout=0.1

@@ -46,6 +46,8 @@ class DynamicMaskOptions:
         padding_attends: as released: padded rows attend, too, to the real keys that they see, or to all values alike
             where they see none. It changes real tokens only where a feed-forward mixes tokens (`token_mixing`); False
             gives 0 at padding.
+        unused_bias: with `bias_form='none'`, whether the parameters of the bias are held all the same, as in the first
+            released model; they take part in nothing but the way back.
     """
 
     bias_form: str = "exp"
@@ -60,6 +62,7 @@ class DynamicMaskOptions:
     bias_init: float = 0.0
     norm_eps: float = 1e-6
     padding_attends: bool = False
+    unused_bias: bool = False
 
     def __post_init__(self) -> None:
         for name, accepted in (
@@ -69,6 +72,8 @@ class DynamicMaskOptions:
         ):
             if getattr(self, name) not in accepted:
                 raise ConfigError(f"Unknown {name} {getattr(self, name)!r}: {nearest(getattr(self, name), accepted)}")
+        if self.unused_bias and self.bias_form != "none":
+            raise ConfigError(f"unused_bias=true needs bias_form='none'; bias_form={self.bias_form!r} uses the bias.")
         for name in ("keep_window_size", "smoothing_block", "sliding_window"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -140,7 +145,7 @@ class DynamicMaskMixer(Mixer):
         self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=bias)
         self.q_norm = RMSNorm(self.head_dim, options.norm_eps) if options.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, options.norm_eps) if options.qk_norm else None
-        biased = options.bias_form != "none"
+        biased = options.bias_form != "none" or options.unused_bias
         self.bias_proj = nn.Linear(self.key_heads * self.head_dim, self.bias_heads, bias=bias) if biased else None
         self.bias_scale = nn.Parameter(torch.empty(self.bias_heads)) if biased else None
         self.reset_parameters()
@@ -207,7 +212,7 @@ class DynamicMaskMixer(Mixer):
 
     def key_bias(self, v: Tensor) -> Tensor:
         """The bias of every key, `[B, T, M]` float32 or float64, from the values of all key-value heads."""
-        if self.bias_proj is None or self.bias_scale is None:
+        if self.options.bias_form == "none" or self.bias_proj is None or self.bias_scale is None:
             return v.new_zeros((*v.shape[:2], self.bias_heads), dtype=compute_dtype(v))
         logits = self.bias_proj(v.flatten(2))
         with without_autocast(v):

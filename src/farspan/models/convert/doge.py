@@ -118,9 +118,10 @@ def _entries(config: FarspanConfig, names: Mapping[str, str]) -> list[AnyEntry]:
 
 def _attention(config: FarspanConfig) -> list[AnyEntry]:
     options = config.mixer_options["dynamic_mask"]
-    bias, biased = options.get("attention_bias", False), options.get("bias_form") != "none"
+    bias = options.get("attention_bias", False)
+    biased = options.get("bias_form") != "none" or options.get("unused_bias", False)
     entries: list[AnyEntry] = [*attention_entries(bias=bias, qk_norm=options.get("qk_norm", True), biased=biased)]
-    if not biased:  # The published class has the parameters of the bias without using them.
+    if not biased:  # The published class has the parameters of the bias without using them; ours was made without.
         assert config.num_key_value_heads is not None and config.head_dim is not None
         heads, width = config.num_attention_heads, config.num_key_value_heads * config.head_dim
         unused = {"A": (heads,), "dt_proj.weight": (heads, width), **({"dt_proj.bias": (heads,)} if bias else {})}
@@ -177,7 +178,7 @@ def read_seed_config(published: Published) -> FarspanConfig:
     refuse_other(config, {"dynamic_mask_ratio": (0, None), "is_moe": (routed,)})
     attention = {**SEED_ATTENTION, **attention_options(published.shapes, head_dim, f"{prefix}layers.0.self_attn.")}
     if config.get("is_causal", False):
-        attention |= {"bias_form": "none", "bias_heads": "query"}
+        attention |= {"bias_form": "none", "bias_heads": "query", "unused_bias": True}
     inner = seed_feed_forwards(published, place, f"{place}gate_proj.bias" in published.shapes)
     # Without the field, the published class stretches positions.
     scaling = config.get("rope_scaling", {"rope_type": "dynamic", "factor": 4.0})
