@@ -117,8 +117,10 @@ MAPS = Maps(_dots, _mix, _gather)
 
 class _Dots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor, maps: Maps, ids: Tensor, *sorted_slots: Tensor) -> Tensor:
-        ctx.save_for_backward(x, table, ids, *sorted_slots)
+    def forward(
+        ctx: Any, x: Tensor, table: Tensor, maps: Maps, ids: Tensor, order: Tensor, begins: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, table, ids, order, begins)
         ctx.maps = maps
         return maps.dots(x, ids, table)
 
@@ -134,9 +136,9 @@ class _Dots(torch.autograd.Function):
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, coefficients: Tensor, table: Tensor, maps: Maps, ids: Tensor, *sorted_slots: Tensor
+        ctx: Any, coefficients: Tensor, table: Tensor, maps: Maps, ids: Tensor, order: Tensor, begins: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(coefficients, table, ids, *sorted_slots)
+        ctx.save_for_backward(coefficients, table, ids, order, begins)
         ctx.maps = maps
         return maps.mix(coefficients, ids, table)
 
@@ -151,10 +153,12 @@ class _Mix(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, coefficients: Tensor, x: Tensor, maps: Maps, *slots: Tensor) -> Tensor:
-        ctx.save_for_backward(coefficients, x, *slots)
+    def forward(
+        ctx: Any, coefficients: Tensor, x: Tensor, maps: Maps, ids: Tensor, order: Tensor, begins: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(coefficients, x, ids, order, begins)
         ctx.maps = maps
-        return maps.gather(coefficients, *slots, x)
+        return maps.gather(coefficients, ids, order, begins, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
