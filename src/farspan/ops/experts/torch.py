@@ -117,9 +117,7 @@ MAPS = Maps(_dots, _mix, _gather)
 
 class _Dots(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, table: Tensor, maps: Maps, ids: Tensor, order: Tensor, begins: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, table: Tensor, maps: Maps, ids: Tensor, order: Tensor, begins: Tensor) -> Tensor:
         ctx.save_for_backward(x, table, ids, order, begins)
         ctx.maps = maps
         return maps.dots(x, ids, table)
