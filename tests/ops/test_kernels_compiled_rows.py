@@ -16,6 +16,8 @@ from tests.ops.test_kernels_compiled import SHARED_MEMORY, compiled, stack_bytes
 pytestmark = pytest.mark.slow
 
 SPILLED_BYTES = 128
+# The gradient of the decay by pairs of rows does not fit the registers beside that of the values.
+SPILLED_BY_VALUES = 512
 SWITCHES = (
     "DECAY", "UNIT", "A", "B", "FACTOR", "HAS_SKIP", "JACOBIAN", "REVERSE", "HAS_START", "TURNED", "STORE_OUT",
     "STORE_STATES", "STORE_END", "STORE_LOST", "STORE_SCALES",
@@ -37,13 +39,21 @@ GROUPS = {
 }
 
 
-def check(kernel: Any, constants: Any, architecture: int, dtype: torch.dtype, common: bool, directory: Path) -> None:
+def check(
+    kernel: Any,
+    constants: Any,
+    architecture: int,
+    dtype: torch.dtype,
+    common: bool,
+    directory: Path,
+    spilled: int = SPILLED_BYTES,
+) -> None:
     """Shared memory of every form; spills and matrix instructions of those that matter for speed."""
     binary = compiled(kernel, architecture, dtype, dict(constants), rows.WARPS, constants["STAGES"], None)
     assert binary.metadata.shared <= SHARED_MEMORY[architecture], f"{binary.metadata.shared} bytes shared"
     if common and architecture == 90 and dtype == torch.bfloat16:
         assert "wgmma.mma_async" in binary.asm["ptx"], "no warp-group matrix instruction"
-        assert stack_bytes(binary, directory) <= SPILLED_BYTES
+        assert stack_bytes(binary, directory) <= spilled
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
@@ -61,6 +71,9 @@ def test_walks_compile(walk: str, width: int, dtype: torch.dtype, architecture: 
 @pytest.mark.parametrize("values", [64, 128])
 @pytest.mark.parametrize("name", GROUPS)
 def test_group_kernels_compile(name: str, values: int, dtype: torch.dtype, architecture: int, tmp_path: Path) -> None:
+    if values > triton.widest(dtype):
+        pytest.skip("gated linear attention's kernels serve this width in float32")
     kernel, most, switch = GROUPS[name]
     constants = triton._constants(dtype, 128, values, rows.CHUNK, most, switch)
-    check(kernel, constants, architecture, dtype, values == 64, tmp_path)
+    spilled = SPILLED_BY_VALUES if name == "values" else SPILLED_BYTES
+    check(kernel, constants, architecture, dtype, values == 64, tmp_path, spilled)

@@ -25,7 +25,7 @@ def state_space_duality_triton(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """The kernels' form of `state_space_duality`; arguments and results as the reference's."""
-    if x.shape[-1] > rows.WIDEST:
+    if x.shape[-1] > widest(c.dtype):
         return through(gated_linear_attention_triton, x, dt, a, b, c, d, **options)
     dtype = compute_dtype(dt)
     step = step_size(dt.to(dtype), options["dt_bias"], options["dt_softplus"], options["dt_limit"])
@@ -33,6 +33,14 @@ def state_space_duality_triton(
     tensors = (None if t is None else t.contiguous() for t in (c, b, x, step, decay, d, options["initial_state"]))
     out, final = _Duality.apply(*tensors, options["cu_seqlens"])
     return out, final
+
+
+def widest(dtype: torch.dtype) -> int:
+    """Value channels per head that these kernels hold; beyond, gated linear attention's serve.
+
+    In float32 the tiles of a chunk of 128 channels are more than the shared memory of a card.
+    """
+    return rows.WIDEST // 2 if dtype == torch.float32 else rows.WIDEST
 
 
 class _Duality(torch.autograd.Function):
