@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from farspan.models.convert.experts import cdmoe_entries, mlp_entries, peer_entries, seimoe_entries, without_unreachable
+from farspan.models.convert.experts import cdmoe_entries, mlp_entries, peer_entries, seimoe_entries
 from farspan.models.convert.names import Entry, to_ours
 from farspan.nn.experts.cdmoe import CDMoE, CDMoEOptions
 from farspan.nn.experts.peer import PEER, PEEROptions
@@ -26,7 +26,7 @@ def gated_mlp(case: Case) -> None:
 def cdmoe_gate(case: Case, token_mixing: bool = False) -> None:
     config = case.config
     options = CDMoEOptions(
-        num_experts=_reachable(case, config["num_experts"]),
+        **_tables(config["num_experts"]),
         num_experts_per_tok=config["num_experts_per_tok"],
         token_mixing=token_mixing,
         intermediate_size=config["intermediate_size"],
@@ -52,7 +52,7 @@ def cdmoe_query_key(case: Case) -> None:
         return next((found[name] for name in names if name in found), default)
 
     options = CDMoEOptions(
-        num_experts=_reachable(case, setting("n_experts", "num_cdmoe_experts")),
+        **_tables(setting("n_experts", "num_cdmoe_experts")),
         num_experts_per_tok=setting("n_experts_per_head", "num_cdmoe_experts_per_head"),
         router="query_key",
         num_expert_heads=setting("n_experts_heads", "num_cdmoe_heads"),
@@ -110,9 +110,10 @@ def _mlp(case: Case) -> tuple[SimpleNamespace, MLPOptions]:
     return _shape(case.config["d_model"], case.config["act_fn"]), MLPOptions(case.config["d_ff"], bias=_has_bias(case))
 
 
-def _reachable(case: Case, experts: int) -> int:
-    case.params, case.grads = without_unreachable(case.params, experts), without_unreachable(case.grads, experts)
-    return math.isqrt(experts) ** 2
+def _tables(experts: int) -> dict[str, int]:
+    """Sizes of the tables; the published code takes ⌊√E⌋ keys per axis of any E."""
+    reachable = math.isqrt(experts) ** 2
+    return {"num_experts": reachable, "unreachable_experts": experts - reachable}
 
 
 def _has_bias(case: Case) -> bool:

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from farspan import FarspanConfig, FarspanForCausalLM
+from farspan.errors import ConfigError
 from farspan.models.convert.experts import (
     cdmoe_entries,
     mlp_entries,
     peer_entries,
     seimoe_entries,
-    without_unreachable,
 )
 from farspan.models.convert.names import Entry, to_ours, to_published
 
@@ -229,7 +229,17 @@ def test_biases_and_norms_are_named() -> None:
     assert [entry.ours for entry in mlp_entries(bias=False)] == ["up_proj.weight", "down_proj.weight"]
 
 
-def test_unreachable_experts_are_dropped() -> None:
-    state = {"down_embed.weight": torch.ones(20, 3), "keys": torch.ones(2, 4, 2, 8)}
-    kept = without_unreachable(state, 20)
-    assert kept["down_embed.weight"].shape == (16, 3) and kept["keys"] is state["keys"]
+def test_unreachable_experts_are_held_and_take_part_in_nothing() -> None:
+    options = {"num_experts": 16, "num_experts_per_tok": 3, "unreachable_experts": 4}
+    config = FarspanConfig(
+        vocab_size=31, hidden_size=16, num_attention_heads=2, num_hidden_layers=1, feed_forwards=["cdmoe"],
+        feed_forward_options={"cdmoe": options},
+    )  # fmt: skip
+    model, ids = FarspanForCausalLM(config).eval(), torch.arange(12).unsqueeze(0)
+    experts, before = model.model.blocks[0].feed_forward.experts, model(ids).logits
+    assert experts.down.shape == experts.up.shape == (20, 16)
+    with torch.no_grad():
+        experts.down[16:] = experts.up[16:] = 100.0
+    assert model(ids).logits.equal(before)
+    with pytest.raises(ConfigError, match="unreachable_experts=-1"):
+        FarspanConfig(feed_forwards=["cdmoe"], feed_forward_options={"cdmoe": {"unreachable_experts": -1}})

@@ -4,10 +4,7 @@ Source: LoserCheems/WonderfulMatrices: modules/, models/modeling_doge.py; transf
 """
 
 import math
-from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor
 
 from farspan.models.configuration import FarspanConfig
 from farspan.models.convert.families import Published
@@ -113,20 +110,3 @@ def seimoe_entries(experts: int, bias: bool = True) -> list[Entry]:
         Entry("shared_expert_gate.weight", "shared_expert_gate.weight"),
         *(entry.under(place, place) for place in places for entry in mlp_entries(bias)),
     ]
-
-
-def without_unreachable(state: Mapping[str, Tensor], num_experts: int) -> dict[str, Tensor]:
-    """Drops the rows of expert tables that no pair of keys reaches.
-
-    The published code takes ⌊√E⌋ keys per axis of any E; the default of the seed repository, 16348, leaves 219 of its
-    experts without a key. They take part in nothing.
-
-    Args:
-        state: published name → tensor.
-        num_experts: E of the published configuration.
-
-    Returns:
-        The state with ⌊√E⌋² rows in every table, and all else as it was.
-    """
-    reachable = math.isqrt(num_experts) ** 2
-    return {name: x[:reachable] if name.endswith("_embed.weight") else x for name, x in state.items()}
