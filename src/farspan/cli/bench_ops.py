@@ -20,9 +20,10 @@ _OPS = """Measure operators at the sizes of published models, forward and backwa
     farspan bench ops
     farspan bench ops metala cosine --shapes 16x2048 1x32768 1x131072 --json speed.json --plot speed.png
 
-Peers: PyTorch's attention (flash, cuDNN) and flash-linear-attention (pip install fla-core), where they run. On a GPU,
-times are of replayed CUDA graphs, with the eager time beside them; GB/s counts every input and the output once, TFLOP/s
-what the formula needs; both are shown with what a copy and a matrix product reach on this device in the same run."""
+Peers: PyTorch (attention by flash and cuDNN, convolution), flash-linear-attention (pip install fla-core), mamba_ssm,
+Doge in transformers and released forms, where they run. On a GPU, times are of replayed CUDA graphs, with the
+eager time beside them; GB/s counts every input and the output once, TFLOP/s what the formula needs; both are shown with
+what a copy and a matrix product reach on this device in the same run."""
 
 
 @dataclass(kw_only=True)
@@ -30,13 +31,15 @@ class _Command:
     operators: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME …]")] = ()
     """Operators to measure; without any, all."""
     shapes: tuple[str, ...] = ()
-    """Shapes ROWSxTOKENS; unset, 16x2048 and 1x32768 on a GPU, 1x1024 on a CPU."""
+    """Shapes ROWSxTOKENS; unset, those at which each operator is usually compared on a GPU, 1x1024 on a CPU."""
     peers: bool = True
     """Measure the peers of the operators, too."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the inputs; auto is float32 on the CPU and bfloat16 on a GPU."""
     repeats: int = 20
     """Runs of which the median is taken."""
+    cold: bool = False
+    """Measure each first call in a process of its own that finds no compiled kernels."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: Path | None = None
@@ -61,20 +64,21 @@ def run(argv: list[str]) -> int:
 
     device = choose_device(options.device)
     gpu = device.type == "cuda"
-    shapes = [parse_shape(text) for text in options.shapes or (("16x2048", "1x32768") if gpu else ("1x1024",))]
-    if any(extra for _, _, extra in shapes):
-        raise ConfigError("+checkpoint is for training steps; leave it out of --shapes.")
     dtype = getattr(torch, {"auto": "bfloat16" if gpu else "float32"}.get(options.dtype, options.dtype))
     cases = chosen(options.operators, options.peers)
+    asked = [parse_shape(text) for text in options.shapes]
+    if any(extra for _, _, extra in asked):
+        raise ConfigError("+checkpoint is for training steps; leave it out of --shapes.")
+    places = [(rows, tokens) for rows, tokens, _ in asked] or ([] if gpu else [(1, 1024)])
+    todo = [(name, case, place) for name, case in cases.items() for place in places or case.shapes]
     limits = ceilings(device, dtype)
     speeds = []
     with _output.progress() as display:
-        task = display.add_task("measuring", total=len(cases) * len(shapes))
-        for rows, tokens, _ in shapes:
-            for name, case in cases.items():
-                display.update(task, description=f"{name} {rows}x{tokens}")
-                speeds.append(op_speed(name, case, rows, tokens, dtype, device, options.repeats))
-                display.advance(task)
+        task = display.add_task("measuring", total=len(todo))
+        for name, case, (rows, tokens) in todo:
+            display.update(task, description=f"{name} {rows}x{tokens}")
+            speeds.append(op_speed(name, case, rows, tokens, dtype, device, options.repeats, options.cold))
+            display.advance(task)
     _show(speeds, limits)
     if options.json is not None:
         rows_ = [dataclasses.asdict(speed) for speed in speeds]

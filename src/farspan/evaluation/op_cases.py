@@ -1,63 +1,20 @@
 """What `farspan bench ops` can measure: our operators at the sizes of published models, and installed peers."""
 
-import importlib.util
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Leaves = dict[str, Tensor]
+from farspan.evaluation import op_peers
+from farspan.evaluation.op_workload import Leaves, OpCase, Workload, draw, of_layer, pairs
 
-
-@dataclass(frozen=True)
-class Workload:
-    """One call to measure.
-
-    Attributes:
-        leaves: the differentiable inputs.
-        call: the operator on them; returns its output.
-        flops: operations of the forward pass that the formula needs, 2 per multiply-add.
-        backward: operations of the backward pass as a multiple of the forward's.
-    """
-
-    leaves: Leaves
-    call: Callable[[Leaves], Tensor]
-    flops: float
-    backward: float
-
-
-@dataclass(frozen=True)
-class OpCase:
-    """An operator, or a peer's, that can be measured.
-
-    Attributes:
-        make: rows, tokens, dtype and device → the workload.
-        peer_of: the operator of ours that it stands beside; None for our own.
-        needs: the package that a peer comes from.
-        cuda: whether it runs on GPUs only.
-    """
-
-    make: Callable[[int, int, torch.dtype, torch.device], Workload]
-    peer_of: str | None = None
-    needs: str | None = None
-    cuda: bool = False
-
-    def missing(self, device: torch.device) -> str | None:
-        """Why it cannot be measured here, or None."""
-        if self.needs is not None and importlib.util.find_spec(self.needs) is None:
-            return f"{self.needs} is not installed"
-        return "it needs an NVIDIA GPU" if self.cuda and device.type != "cuda" else None
-
-
-def _draw(names: str, *size: int, dtype: torch.dtype, device: torch.device, std: float = 1.0) -> Leaves:
-    generator = torch.Generator(device).manual_seed(size[1])
-    return {
-        name: (std * torch.randn(size, generator=generator, device=device)).to(dtype).requires_grad_()
-        for name in names.split()
-    }
+LINEAR = ((16, 2048), (1, 32768), (1, 131072))
+ATTENTION = ((1, 8192), (1, 32768), (1, 131072))
+DILATED = ((1, 32768), (1, 131072), (1, 1 << 20))
+LAYER = ((1, 2048), (1, 8192))
 
 
 def _gated(decay: str, module: str = "farspan.ops", name: str = "gated_linear_attention") -> Callable[..., Workload]:
@@ -65,11 +22,11 @@ def _gated(decay: str, module: str = "farspan.ops", name: str = "gated_linear_at
 
     def make(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
         heads, width, values = 8, 64, 128
-        leaves = _draw("q k", rows, tokens, heads, width, dtype=dtype, device=device)
-        leaves |= _draw("v", rows, tokens, heads, values, dtype=dtype, device=device)
+        leaves = draw("q k", rows, tokens, heads, width, dtype=dtype, device=device)
+        leaves |= draw("v", rows, tokens, heads, values, dtype=dtype, device=device)
         if decay != "none":
             size = (rows, tokens, heads, width) if decay == "channel" else (rows, tokens, heads)
-            leaves |= _draw("logits", *size, dtype=dtype, device=device)
+            leaves |= draw("logits", *size, dtype=dtype, device=device)
         operator = getattr(importlib.import_module(module), name)
 
         def call(x: Leaves) -> Tensor:
@@ -86,8 +43,8 @@ def _metala(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) ->
     from farspan.ops import metala_attention
 
     heads, width, values = 8, 64, 128
-    leaves = _draw("q z", rows, tokens, heads, width, dtype=dtype, device=device)
-    leaves |= _draw("v", rows, tokens, heads, values, dtype=dtype, device=device)
+    leaves = draw("q z", rows, tokens, heads, width, dtype=dtype, device=device)
+    leaves |= draw("v", rows, tokens, heads, values, dtype=dtype, device=device)
     leaves |= {"w": torch.zeros(heads, width, device=device, requires_grad=True)}
     flops = 4.0 * rows * tokens * heads * width * values
     return Workload(leaves, lambda x: metala_attention(x["q"], x["z"], x["v"], x["w"])[0], flops, 2.0)
@@ -97,7 +54,7 @@ def _cosine(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) ->
     from farspan.ops import cosine_attention
 
     heads, width = 16, 64
-    leaves = _draw("q k v", rows, tokens, heads, width, dtype=dtype, device=device)
+    leaves = draw("q k v", rows, tokens, heads, width, dtype=dtype, device=device)
     leaves |= {"p": torch.full((heads,), 0.5, device=device, requires_grad=True)}
     flops = 4.0 * rows * tokens * heads * width**2
     return Workload(leaves, lambda x: cosine_attention(x["q"], x["k"], x["v"], x["p"])[0], flops, 2.0)
@@ -107,9 +64,9 @@ def _ssd(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Wo
     from farspan.ops import state_space_duality
 
     heads, values, state = 16, 64, 128
-    leaves = _draw("x", rows, tokens, heads, values, dtype=dtype, device=device)
-    leaves |= _draw("dt", rows, tokens, heads, dtype=dtype, device=device)
-    leaves |= _draw("b c", rows, tokens, 1, state, dtype=dtype, device=device, std=state**-0.5)
+    leaves = draw("x", rows, tokens, heads, values, dtype=dtype, device=device)
+    leaves |= draw("dt", rows, tokens, heads, dtype=dtype, device=device)
+    leaves |= draw("b c", rows, tokens, 1, state, dtype=dtype, device=device, std=state**-0.5)
     leaves |= {
         "a": torch.linspace(-2, -0.01, heads, device=device, requires_grad=True),
         "d": torch.ones(heads, device=device, requires_grad=True),
@@ -126,103 +83,171 @@ def _convolution(rows: int, tokens: int, dtype: torch.dtype, device: torch.devic
     from farspan.ops import short_convolution
 
     channels, width = 1024, 4
-    leaves = _draw("x", rows, tokens, channels, dtype=dtype, device=device)
+    leaves = draw("x", rows, tokens, channels, dtype=dtype, device=device)
     leaves |= {"w": torch.full((channels, width), 0.25, device=device, requires_grad=True)}
     flops = 2.0 * rows * tokens * channels * width
     return Workload(leaves, lambda x: short_convolution(x["x"], x["w"])[0], flops, 2.0)
 
 
-def _pairs(rows: int, tokens: int, heads: int, width: int, keys: float | None = None) -> float:
-    """Operations of causal softmax attention with so many keys per query on average; None is half of all."""
-    return 4.0 * rows * tokens * heads * width * ((tokens + 1) / 2 if keys is None else keys)
-
-
-def _softmax(backend: str | None) -> Callable[..., Workload]:
-    """Ours (None), or PyTorch's `scaled_dot_product_attention` with the backend of that name."""
+def _softmax(width: int = 64, rope: bool = False) -> Callable[[int, int, torch.dtype, torch.device], Workload]:
+    """Causal softmax attention, 16 heads."""
 
     def make(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
+        from farspan.nn.positions import apply_rotary
         from farspan.ops import softmax_attention
 
-        heads, width = 16, 64
-        leaves = _draw("q k v", rows, tokens, heads, width, dtype=dtype, device=device)
+        leaves = draw("q k v", rows, tokens, 16, width, dtype=dtype, device=device)
+        cos, sin = _turns(rows, tokens, width, device)
 
         def call(x: Leaves) -> Tensor:
-            if backend is None:
-                return softmax_attention(x["q"], x["k"], x["v"], causal=True)
-            with sdpa_kernel(getattr(SDPBackend, backend)):
-                q, k, v = (x[name].transpose(1, 2) for name in "qkv")
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+            q, k = (apply_rotary(x[name], cos, sin) if rope else x[name] for name in "qk")
+            return softmax_attention(q, k, x["v"], causal=True)
 
-        return Workload(leaves, call, _pairs(rows, tokens, heads, width), 2.5)
+        return Workload(leaves, call, pairs(rows, tokens, 16, width), 2.5)
 
     return make
 
 
-def _collinear(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
+def _turns(rows: int, tokens: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     from farspan.nn.positions import rope_frequencies, rotary_table
-    from farspan.ops import collinear_attention, collinear_coefficients
 
-    heads, width = 16, 64
-    leaves = _draw("q u v", rows, tokens, heads, width, dtype=dtype, device=device)
     positions = torch.arange(tokens, device=device).expand(rows, -1)
-    cos, sin = rotary_table(positions, rope_frequencies(width, {}, tokens, tokens)[0])
-
-    def call(x: Leaves) -> Tensor:
-        return collinear_attention(x["q"], collinear_coefficients(x["u"]), x["v"], cos, sin)
-
-    return Workload(leaves, call, _pairs(rows, tokens, heads, width), 2.5)
+    return rotary_table(positions, rope_frequencies(width, {}, tokens, tokens)[0])
 
 
-def _dilated(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
-    from farspan.ops import dilated_attention
+def _collinear(width: int) -> Callable[[int, int, torch.dtype, torch.device], Workload]:
+    """Collinear attention from raw coefficients, 16 heads."""
 
-    heads, width = 12, 64
-    segments, dilations = (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12)
-    leaves = _draw("q k v", rows, tokens, heads, width, dtype=dtype, device=device)
-    keys = sum(min(w, tokens) / r**2 for w, r in zip(segments, dilations, strict=True)) / 2
+    def make(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
+        from farspan.ops import collinear_attention, collinear_coefficients
 
-    def call(x: Leaves) -> Tensor:
-        return dilated_attention(x["q"], x["k"], x["v"], segment_lengths=segments, dilations=dilations)
+        leaves = draw("q u v", rows, tokens, 16, width, dtype=dtype, device=device)
+        cos, sin = _turns(rows, tokens, width, device)
 
-    return Workload(leaves, call, _pairs(rows, tokens, heads, width, keys), 2.5)
+        def call(x: Leaves) -> Tensor:
+            return collinear_attention(x["q"], collinear_coefficients(x["u"]), x["v"], cos, sin)
+
+        return Workload(leaves, call, pairs(rows, tokens, 16, width), 2.5)
+
+    return make
+
+
+def _dilated(heads: int) -> Callable[[int, int, torch.dtype, torch.device], Workload]:
+    """LongNet's five patterns, 64 channels a head."""
+
+    def make(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
+        from farspan.ops import dilated_attention
+
+        segments, dilations = (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12)
+        leaves = draw("q k v", rows, tokens, heads, 64, dtype=dtype, device=device)
+        keys = sum(min(w, tokens) / r**2 for w, r in zip(segments, dilations, strict=True)) / 2
+
+        def call(x: Leaves) -> Tensor:
+            return dilated_attention(x["q"], x["k"], x["v"], segment_lengths=segments, dilations=dilations)
+
+        return Workload(leaves, call, pairs(rows, tokens, heads, 64, keys), 2.5)
+
+    return make
+
+
+def _kept(tokens: int, keep: int = 2048) -> float:
+    """Keys that a query sees on average."""
+    seen = min(keep, tokens)
+    return (seen * (seen + 1) / 2 + (tokens - seen) * seen) / tokens
 
 
 def _dynamic_mask(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
     from farspan.ops import dynamic_mask_attention
 
-    heads, groups, width, keep = 16, 8, 64, 2048
-    leaves = _draw("q", rows, tokens, heads, width, dtype=dtype, device=device)
-    leaves |= _draw("k v", rows, tokens, groups, width, dtype=dtype, device=device)
-    leaves |= _draw("bias", rows, tokens, groups, dtype=torch.float32, device=device)
-    seen = min(keep, tokens)
-    keys = (seen * (seen + 1) / 2 + (tokens - seen) * seen) / tokens
+    heads, groups, width = 16, 8, 64
+    leaves = draw("q", rows, tokens, heads, width, dtype=dtype, device=device)
+    leaves |= draw("k v", rows, tokens, groups, width, dtype=dtype, device=device)
+    leaves |= draw("bias", rows, tokens, groups, dtype=torch.float32, device=device)
 
     def call(x: Leaves) -> Tensor:
-        return dynamic_mask_attention(x["q"], x["k"], x["v"], x["bias"], keep=keep)
+        return dynamic_mask_attention(x["q"], x["k"], x["v"], x["bias"], keep=2048)
 
-    return Workload(leaves, call, _pairs(rows, tokens, heads, width, keys), 2.5)
+    return Workload(leaves, call, pairs(rows, tokens, heads, width, _kept(tokens)), 2.5)
+
+
+def _expiry(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
+    """The selection of dynamic masks alone: until which query each key is kept."""
+    from farspan.ops.dynamic_mask import expiry
+
+    leaves = draw("bias", rows, tokens, 8, dtype=torch.float32, device=device)
+    if device.type == "cuda":
+        from farspan.ops.dynamic_mask.triton import expiry_triton as select
+    else:
+        select = expiry.expiry
+    return Workload(leaves, lambda x: select(x["bias"].detach(), 2048), 0.0)
+
+
+def _dynamic_mask_layer(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
+    """The layer of Doge with its projections: hidden 1024, 16 query and 8 key heads, 2,048 keys kept."""
+    from farspan.mixers.dynamic_mask import DynamicMaskMixer, DynamicMaskOptions
+    from farspan.mixers.layout import SequenceLayout
+
+    shape = SimpleNamespace(
+        hidden_size=1024, num_attention_heads=16, num_key_value_heads=8, head_dim=64, causal=True,
+        max_position_embeddings=tokens, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    layer = DynamicMaskMixer(shape, DynamicMaskOptions(), 0).to(device, dtype)
+    if layer.bias_scale is not None:
+        torch.nn.init.normal_(layer.bias_scale, std=0.5)
+    positions = torch.arange(tokens, device=device).expand(rows, -1)
+    x = draw("x", rows, tokens, 1024, dtype=dtype, device=device)
+    projections = 2.0 * sum(p.numel() for p in layer.parameters() if p.dim() == 2) * rows * tokens
+    flops = projections + pairs(rows, tokens, 16, 64, _kept(tokens))
+    return of_layer(layer, x, lambda mix, y: mix(y, layout=SequenceLayout(positions)), flops)
+
+
+def _experts(experts: int) -> Callable[[int, int, torch.dtype, torch.device], Workload]:
+    """The feed-forward of Doge, hidden 1024: a gated MLP beside retrieved experts, 64 a token."""
+
+    def make(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
+        from farspan.nn.experts.cdmoe import CDMoE, CDMoEOptions
+
+        shape = SimpleNamespace(hidden_size=1024, intermediate_size=2048, hidden_act="silu", initializer_range=0.02)
+        with torch.device(device):
+            layer = CDMoE(shape, CDMoEOptions(num_experts=experts)).to(dtype)
+        x = draw("x", rows, tokens, 1024, dtype=dtype, device=device)
+        flops = 2.0 * rows * tokens * 1024 * (3 * 2048 + 2 * 64)
+        return of_layer(layer, x, lambda mix, y: mix(y)[0], flops)
+
+    return make
 
 
 CASES: dict[str, OpCase] = {
-    "metala": OpCase(_metala),
-    "gated_linear": OpCase(_gated("channel")),
+    "metala": OpCase(_metala, shapes=LINEAR),
+    "fla metala": OpCase(op_peers.metala, "metala", "fla", True),
+    "gated_linear": OpCase(_gated("channel"), shapes=LINEAR),
+    "fla chunk_gla": OpCase(_gated("channel", "fla.ops.gla", "chunk_gla"), "gated_linear", "fla", True),
     "gated_linear_head": OpCase(_gated("head")),
     "gated_linear_none": OpCase(_gated("none")),
-    "fla chunk_gla": OpCase(_gated("channel", "fla.ops.gla", "chunk_gla"), "gated_linear", "fla", True),
-    "fla chunk_linear_attn": OpCase(
-        _gated("none", "fla.ops.linear_attn", "chunk_linear_attn"), "gated_linear_none", "fla", True
-    ),
-    "cosine": OpCase(_cosine),
-    "ssd": OpCase(_ssd),
-    "short_convolution": OpCase(_convolution),
-    "softmax": OpCase(_softmax(None)),
-    "sdpa flash": OpCase(_softmax("FLASH_ATTENTION"), "softmax"),
-    "sdpa cudnn": OpCase(_softmax("CUDNN_ATTENTION"), "softmax", None, True),
-    "collinear": OpCase(_collinear),
-    "dilated": OpCase(_dilated),
-    "dynamic_mask": OpCase(_dynamic_mask),
+    "cosine": OpCase(_cosine, shapes=LINEAR),
+    "fla fused_linear": OpCase(op_peers.linear("fused_chunk_linear_attn"), "cosine", "fla", True),
+    "fla chunk_linear": OpCase(op_peers.linear("chunk_linear_attn"), "cosine", "fla", True),
+    "ssd": OpCase(_ssd, shapes=LINEAR),
+    "mamba_ssm ssd": OpCase(op_peers.state_space_duality, "ssd", "mamba_ssm", True),
+    "short_convolution": OpCase(_convolution, shapes=LINEAR),
+    "torch conv1d": OpCase(op_peers.convolution, "short_convolution"),
+    "softmax": OpCase(_softmax(), shapes=ATTENTION),
+    "softmax_rope": OpCase(_softmax(rope=True), shapes=ATTENTION[:2]),
+    "sdpa flash": OpCase(op_peers.sdpa("FLASH_ATTENTION"), "softmax", shapes=ATTENTION[:2]),
+    "sdpa cudnn": OpCase(op_peers.sdpa("CUDNN_ATTENTION"), "softmax", None, True, ATTENTION),
+    "collinear": OpCase(_collinear(64), shapes=ATTENTION[:2]),
+    "coca contraction": OpCase(op_peers.contraction, "collinear", shapes=((1, 8192), (1, 16384)), most_tokens=16384),
+    "collinear_128": OpCase(_collinear(128), shapes=ATTENTION[:2]),
+    "sdpa cudnn 128": OpCase(op_peers.sdpa("CUDNN_ATTENTION", width=128), "collinear_128", None, True, ATTENTION[:2]),
+    "dilated": OpCase(_dilated(12), shapes=DILATED),
+    "dilated_one_head": OpCase(_dilated(1), shapes=((1, 1 << 24),)),
+    "dynamic_mask": OpCase(_dynamic_mask, shapes=ATTENTION),
+    "expiry": OpCase(_expiry, shapes=ATTENTION),
+    "doge_attention": OpCase(_dynamic_mask_layer, shapes=LAYER),
+    "hf DogeAttention": OpCase(op_peers.doge_attention, "doge_attention", "transformers", False, LAYER, 8192),
+    "cdmoe": OpCase(_experts(16384), shapes=LAYER),
+    "hf DogeCDMoE": OpCase(op_peers.doge_experts, "cdmoe", "transformers", False, LAYER),
+    "cdmoe_million": OpCase(_experts(10**6), cuda=True, shapes=LAYER[1:]),
 }
 """Everything that can be measured, by name; a peer follows the operator that it stands beside."""
 
@@ -241,8 +266,3 @@ def chosen(names: tuple[str, ...], peers: bool) -> dict[str, OpCase]:
             raise ConfigError(f"Unknown operator {name!r}: {nearest(name, CASES)}")
     wanted = names or tuple(ours)
     return {name: case for name, case in CASES.items() if name in wanted or (peers and case.peer_of in wanted)}
-
-
-def moved_bytes(workload: Workload, out: Any) -> int:
-    """Bytes that a forward pass has to move at least: every input read once, the output written once."""
-    return sum(x.nbytes for x in (*workload.leaves.values(), out))

@@ -1,14 +1,24 @@
 """Measures one operator: device time, eager time, memory, first call, launches."""
 
+import dataclasses
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from farspan.evaluation.op_cases import OpCase, Workload, moved_bytes
+from farspan.evaluation.op_cases import CASES
+from farspan.evaluation.op_workload import OpCase, Workload
+
+Step = Callable[[], Any]
+# Run in a process of its own, which prints the seconds last.
+_FIRST_CALL = "import sys; from farspan.evaluation.op_speed import first_call; print(first_call(*sys.argv[1:]))"
 
 
 @dataclass(frozen=True)
@@ -20,8 +30,9 @@ class OpSpeed:
         forward_ms, both_ms: median of the forward pass, and of forward and backward; None where a pass cannot run.
         eager_ms: median of forward and backward as a program calls it.
         first_call_s: the first forward and backward, compilation included.
-        extra_gib: peak of memory beyond what was there before; None on a CPU.
-        launches: kernels of forward and backward; None on a CPU.
+        extra_gib: peak of memory beyond the inputs: the output, every gradient, also that of the output,
+            and what lies between; None on a CPU.
+        launches: kernels, copies and fills of forward and backward; None on a CPU.
         gigabytes_per_second: inputs and output of the forward pass, each moved once, over its time.
         teraflops_per_second: operations that the formula needs, forward and backward, over their time.
         note: why a figure is missing.
@@ -42,14 +53,34 @@ class OpSpeed:
 
 
 def op_speed(
-    name: str, case: OpCase, rows: int, tokens: int, dtype: torch.dtype, device: torch.device, repeats: int = 20
+    name: str,
+    case: OpCase,
+    rows: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    repeats: int = 20,
+    cold: bool = False,
 ) -> OpSpeed:
-    """Measures a case; what goes wrong in it (memory, a compiler) becomes the note of its row."""
-    reason = case.missing(device)
+    """Measures a case; what goes wrong in it (memory, a compiler) becomes the note of its row.
+
+    Args:
+        name: the case's name in `op_cases.CASES`, shown in the row.
+        case: what to measure.
+        rows, tokens: its shape.
+        dtype: type of the inputs.
+        device: where.
+        repeats: runs of which the median is taken.
+        cold: whether the first call is that of a process that finds no compiled kernel.
+    """
+    reason = case.missing(device, tokens)
     if reason is not None:
         return OpSpeed(name, rows, tokens, note=reason)
     try:
-        return _measured(name, case.make(rows, tokens, dtype, device), rows, tokens, device, repeats)
+        found = _measured(name, case.make(rows, tokens, dtype, device), rows, tokens, device, repeats)
+        if cold:
+            found = dataclasses.replace(found, first_call_s=cold_first_call(name, rows, tokens, dtype, device))
+        return found
     except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
         return OpSpeed(name, rows, tokens, note=(str(error).strip() or type(error).__name__).splitlines()[0][:200])
 
@@ -57,66 +88,64 @@ def op_speed(
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """What this device does at best: a copy in GB/s (read and written), a matrix product in TFLOP/s."""
     gpu = device.type == "cuda"
-    source = torch.empty(2**28 if gpu else 2**24, dtype=torch.uint8, device=device)
+    source = torch.empty(2**30 if gpu else 2**24, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     size = 8192 if gpu else 512
     a = torch.randn(size, size, device=device).to(dtype)
     return {
-        "copy_gigabytes_per_second": 2 * source.numel() / _median(lambda: target.copy_(source), device, 10) / 1e9,
-        "matmul_teraflops_per_second": 2 * size**3 / _median(lambda: a @ a, device, 10) / 1e12,
+        "copy_gigabytes_per_second": 2 * source.numel() / timed(lambda: target.copy_(source), 10, device) / 1e6,
+        "matmul_teraflops_per_second": 2 * size**3 / timed(lambda: a @ a, 10, device) / 1e9,
     }
 
 
-def _measured(name: str, workload: Workload, rows: int, tokens: int, device: torch.device, repeats: int) -> OpSpeed:
+def steps(workload: Workload) -> tuple[Step, Step | None]:
+    """The forward pass without gradients, and forward and backward; None where nothing is differentiable."""
     leaves, call = workload.leaves, workload.call
-    with torch.no_grad():
-        out = call(leaves)
-    gradient, moved = torch.randn_like(out), moved_bytes(workload, out)
-    del out
 
     def forward() -> None:
         with torch.no_grad():
             call(leaves)
 
+    with torch.no_grad():
+        out = call(leaves)
+    if not out.is_floating_point():
+        return forward, None
+    gradient = torch.randn_like(out)
+
     def both() -> None:
-        for leaf in leaves.values():
-            leaf.grad = None
+        workload.forget()
         call(leaves).backward(gradient)
 
-    first = _median(both, device, 1, warmup=0)
-    gpu, note = device.type == "cuda", ""
-    extra = launches = None
-    if gpu:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        both()
-        extra = (torch.cuda.max_memory_allocated() - before) / 2**30
-        launches = _launches(both)
-    eager = _median(both, device, repeats)
-    forward_s, both_s = _median(forward, device, repeats), eager
-    if gpu:
-        try:
-            forward_s, both_s = (_median(_captured(step), device, repeats) for step in (forward, both))
-        except RuntimeError as error:
-            note = f"not captured, eager times: {str(error).splitlines()[0][:120]}"
-    return OpSpeed(
-        name,
-        rows,
-        tokens,
-        forward_ms=1000 * forward_s,
-        both_ms=1000 * both_s,
-        eager_ms=1000 * eager,
-        first_call_s=first,
-        extra_gib=extra,
-        launches=launches,
-        gigabytes_per_second=moved / forward_s / 1e9,
-        teraflops_per_second=(1 + workload.backward) * workload.flops / both_s / 1e12,
-        note=note,
-    )
+    return forward, both
 
 
-def _captured(step: Callable[[], None]) -> Callable[[], None]:
-    """The step as a CUDA graph, after three runs that compile and allocate."""
+def first_call(name: str, rows: str, tokens: str, dtype: str, device: str) -> float:
+    """Seconds of the first forward and backward of a case in this process; arguments as written on a command line."""
+    place = torch.device(device)
+    workload = CASES[name].make(int(rows), int(tokens), getattr(torch, dtype), place)
+    out_of_the_clock = torch.ones(8, device=place).sum().item()  # the device's own start
+    assert out_of_the_clock == 8
+    return _first(workload, place)
+
+
+def cold_first_call(name: str, rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> float:
+    """`first_call` in a new process whose Triton cache is empty; imports and the device's start are not counted.
+
+    Raises:
+        RuntimeError: the process failed; with the last line that it wrote.
+    """
+    arguments = [name, str(rows), str(tokens), str(dtype).removeprefix("torch."), str(device)]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"TRITON_CACHE_DIR": cache}
+        command = [sys.executable, "-c", _FIRST_CALL, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the first call in a new process failed: {(done.stderr.split(chr(10)) or [''])[-2]}")
+    return float(done.stdout.split()[-1])
+
+
+def captured(step: Step) -> Step:
+    """The step as a CUDA graph to replay, after three runs that compile and allocate."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -129,32 +158,98 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def _launches(step: Callable[[], None]) -> int:
+def device_time(step: Step, repeats: int = 20) -> float:
+    """Median milliseconds of a replay of the captured step."""
+    return timed(captured(step), repeats)
+
+
+def timed(step: Step, repeats: int = 20, device: torch.device | None = None) -> float:
+    """Median milliseconds of a step: between events of a GPU (the default), on the clock elsewhere."""
+    return interleaved([step], repeats, device)[0]
+
+
+def interleaved(several: Sequence[Step], repeats: int = 20, device: torch.device | None = None) -> list[float]:
+    """Median milliseconds of each step, run in turns, so that a drift of the device's clock meets all of them."""
+    for step in several:
+        step()
+    times: list[list[float]] = [[] for _ in several]
+    for _ in range(repeats):
+        for step, found in zip(several, times, strict=True):
+            found.append(_once(step, device is None or device.type == "cuda"))
+    return [statistics.median(found) for found in times]
+
+
+def launches(step: Step) -> int:
+    """Kernels, copies and fills of one step on the device."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as record:
         step()
         torch.cuda.synchronize()
-    return sum(event.count for event in record.key_averages() if event.self_device_time_total > 0)
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in record.events())
 
 
-def _median(step: Callable[[], Any], device: torch.device, repeats: int, warmup: int = 1) -> float:
-    """Median seconds of a step: between device events on a GPU, on the clock elsewhere."""
-    for _ in range(warmup):
+def extra_memory(workload: Workload, step: Step) -> float:
+    """Peak GiB of a step beyond the workload's inputs, the output's gradient (held by the step) included."""
+    workload.forget()
+    with torch.no_grad():
+        held = workload.call(workload.leaves).nbytes
+    before = torch.cuda.memory_allocated() - held
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def _measured(name: str, workload: Workload, rows: int, tokens: int, device: torch.device, repeats: int) -> OpSpeed:
+    first = _first(workload, device)
+    forward, both = steps(workload)
+    gpu, note, whole = device.type == "cuda", "", both or forward
+    extra = extra_memory(workload, whole) if gpu and both else None
+    eager = timed(whole, repeats, device)
+    forward_ms, whole_ms = timed(forward, repeats, device), eager
+    if gpu:
+        try:
+            forward_ms = device_time(forward, repeats)
+            whole_ms = device_time(whole, repeats) if both else forward_ms
+        except RuntimeError as error:
+            note = f"not captured, eager times: {str(error).splitlines()[0][:120]}"
+    with torch.no_grad():
+        moved = workload.nbytes + workload.call(workload.leaves).nbytes
+    return OpSpeed(
+        name,
+        rows,
+        tokens,
+        forward_ms=forward_ms,
+        both_ms=whole_ms if both else None,
+        eager_ms=eager,
+        first_call_s=first,
+        extra_gib=extra,
+        launches=launches(whole) if gpu else None,
+        gigabytes_per_second=moved / forward_ms / 1e6,
+        teraflops_per_second=(1 + workload.backward) * workload.flops / whole_ms / 1e9 if workload.flops else None,
+        note=note,
+    )
+
+
+def _first(workload: Workload, device: torch.device) -> float:
+    """Seconds of one forward and backward, compilation included."""
+    begun = time.perf_counter()
+    out = workload.call(workload.leaves)
+    if out.requires_grad:
+        out.backward(torch.ones_like(out))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def _once(step: Step, gpu: bool) -> float:
+    if not gpu:
+        begun = time.perf_counter()
         step()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda" and warmup:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            step()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) / 1000)
-        else:
-            begun = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+        return 1000 * (time.perf_counter() - begun)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
