@@ -78,6 +78,7 @@ def test_what_fails_is_a_note_and_not_the_end() -> None:
         (["metala", "--shapes", "1x8+checkpoint"], "training steps"),
         (["metala", "--repeats", "0"], "at least 1"),
         (["metala", "--plot", "speed.txt"], ".png, .svg or .pdf"),
+        (["metala", "--tune", "--device", "cpu"], "NVIDIA GPUs only"),
     ],
 )
 def test_mistakes(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import tyro
 
 from farspan.cli import _output
 from farspan.cli.bench import origin, parse_shape, write
-from farspan.errors import ConfigError
+from farspan.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from farspan.evaluation.op_speed import OpSpeed
@@ -40,6 +40,8 @@ class _Command:
     """Runs of which the median is taken."""
     cold: bool = False
     """Measure each first call in a process of its own that finds no compiled kernels."""
+    tune: bool = False
+    """Choose the kernels' block sizes by measuring on this GPU; the library then reads them from a table."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: Path | None = None
@@ -71,6 +73,8 @@ def run(argv: list[str]) -> int:
         raise ConfigError("+checkpoint is for training steps; leave it out of --shapes.")
     places = [(rows, tokens) for rows, tokens, _ in asked] or ([] if gpu else [(1, 1024)])
     todo = [(name, case, place) for name, case in cases.items() for place in places or case.shapes]
+    if options.tune:
+        return _tune(options.operators, dtype, device)
     limits = ceilings(device, dtype)
     speeds = []
     with _output.progress() as display:
@@ -91,6 +95,31 @@ def run(argv: list[str]) -> int:
         write(options.json, (json.dumps(found, indent=2) + "\n").encode())
     if options.plot is not None:
         write(options.plot, _drawing(speeds, options.plot.suffix[1:]))
+    return 0
+
+
+def _tune(names: tuple[str, ...], dtype: Any, device: Any) -> int:
+    import torch
+
+    from farspan.evaluation.op_tune import TUNED, tune
+    from farspan.ops import _tiles
+
+    if device.type != "cuda":
+        raise ConfigError(f"--tune measures kernels, which run on NVIDIA GPUs only; the device is {device}.")
+    for name in names:
+        if name not in TUNED:
+            raise ConfigError(f"{name!r} has no block sizes to tune: {nearest(name, TUNED)}")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    table = _output.figures("kernel", "tile", numbers=["time"], title="time relative to the shipped tile")
+
+    def report(key: str, tile: Any, ratio: float) -> None:
+        table.add_row(key, " ".join(map(str, tile)), f"{ratio:.3f}")
+
+    found = tune(names or TUNED, dtype, device, report)
+    path, card = _tiles.place(index), torch.cuda.get_device_name(index)
+    write(path, _tiles.table(_tiles.read(path, card) | found, card))
+    _output.out.print(table)
+    _output.message(f"{path}: {len(found)} tiles are faster than the shipped ones", style="dim")
     return 0
 
 

@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from farspan.ops._launch import INTERPRETED, Constants, launch
+from farspan.ops._tiles import measured, remembered
 from farspan.ops.gated_linear import chunk_kernels, extreme_kernels, kernels
 from farspan.ops.gated_linear.plan import Plan, plan_chunks
-from farspan.ops.gated_linear.tiles import EXTREME_PREPARE, NARROWEST, SCAN, Tile, Tiles, tiles
+from farspan.ops.gated_linear.tiles import CANDIDATES, EXTREME_PREPARE, NARROWEST, SCAN, Tile, Tiles, tiles
 
 CHUNK = 64
 # Numbers of a program of the row kernel.
@@ -198,8 +199,16 @@ def _tiles(q: Tensor) -> Tiles:
 
 @functools.cache
 def _device_tiles(device: int, width: int, size: int) -> Tiles:
-    family = 9 if INTERPRETED else torch.cuda.get_device_capability(device)[0]
-    return tiles(family, _padded(width), size)
+    if INTERPRETED:
+        return tiles(9, _padded(width), size)
+    shipped = tiles(torch.cuda.get_device_capability(device)[0], _padded(width), size)
+    return Tiles(*(
+        measured(f"gated_linear.{name}", (_padded(width), size), tile, CANDIDATES[name], device)
+        for name, tile in shipped._asdict().items()
+    ))  # fmt: skip
+
+
+remembered(_device_tiles.cache_clear)
 
 
 def _padded(width: int) -> int:

@@ -30,6 +30,14 @@ TILES = {
     (9, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (64, 8, 1, None), WIDE),
 }
 
+# What `farspan bench ops --tune` tries.
+CANDIDATES = {
+    "state": tuple((64, 4, stages, None) for stages in (1, 2, 3, 4)),
+    "output": ((64, 4, 1, None), (64, 8, 1, None), (128, 4, 1, None), (128, 4, 1, 128), (128, 8, 1, None)),
+    "gradient": tuple((64, warps, stages, None) for warps in (4, 8) for stages in (1, 2, 3)),
+    "prepare": ((64, 4, 1, None), (64, 4, 1, 128), (64, 8, 1, None)),
+}
+
 
 def tiles(family: int, width: int, size: int) -> Tiles:
     """The entry of the table for an architecture family, a padded K and the bytes of an operand."""
