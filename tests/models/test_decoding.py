@@ -6,8 +6,11 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from farspan.errors import ConfigError, ShapeError
 from farspan.mixers.cache import StateCache
+from farspan.models import decoding
 from farspan.models.decoding import Choice, capture_reason, decode, on_host
 from tests.models.conftest import tiny
+
+STEPPING = ["softmax", "softmax_post_norm", "window", "hybrid", "hybrid_parallel"]
 
 
 def prompt(rows: int = 2, length: int = 9) -> torch.Tensor:
@@ -100,13 +103,44 @@ def test_learned_positions_come_to_an_end() -> None:
 
 def test_why_a_step_is_not_captured() -> None:
     assert "CUDA graphs need" in capture_reason(tiny("metala"))
-    assert "memory of softmax does not" in capture_reason(tiny("hybrid"))
+    assert "memory of collinear does not" in capture_reason(tiny("collinear_window"))
+
+
+def test_a_memory_that_a_loop_used_up_is_refused() -> None:
+    model = tiny("softmax")
+    cache = model.new_cache()
+    list(decode(model, prompt(), past_key_values=cache, max_new_tokens=3))
+    with pytest.raises(ConfigError, match="used up by `decode`"):
+        model(prompt(), past_key_values=cache)
+
+
+@pytest.mark.parametrize("mix", ["softmax", "window", "hybrid"])
+def test_room_is_made_again_and_again(mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(mix)
+    want = list(decode(model, prompt(), max_new_tokens=12))
+    monkeypatch.setattr(decoding, "ROOM", 3)
+    assert torch.equal(torch.stack(list(decode(model, prompt(), max_new_tokens=12))), torch.stack(want))
+
+
+@pytest.mark.parametrize("mix", ["softmax", "window"])
+def test_padding_between_texts_is_moved_ahead(mix: str) -> None:
+    model, ids = tiny(mix), prompt(length=6)
+    mask, caches = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]]), [model.new_cache(), model.new_cache()]
+    for cache in caches:
+        model(ids, attention_mask=mask, past_key_values=cache)
+    ours = torch.stack(list(decode(model, ids[:, :2], past_key_values=caches[0], max_new_tokens=8)), dim=1)
+    with torch.no_grad():
+        token, theirs = ids[:, :2], []
+        for _ in range(8):
+            token = model(token, past_key_values=caches[1]).logits[:, -1:].argmax(-1)
+            theirs.append(token)
+    assert torch.equal(ours, torch.cat(theirs, dim=1))
 
 
 def test_pinned_states_stay_where_they_are() -> None:
     cache = StateCache()
     cache.update(recurrent=torch.zeros(2, 3))
-    cache.pin()
+    cache.pin(1)
     place = cache.get("recurrent")
     cache.update(recurrent=torch.ones(2, 3))
     assert cache.get("recurrent") is place
@@ -117,7 +151,7 @@ def test_pinned_states_stay_where_they_are() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mix", ["metala", "cosine", "cosine_gpt", "ssd", "hybrid_state"])
+@pytest.mark.parametrize("mix", ["metala", "cosine", "cosine_gpt", "ssd", "hybrid_state", *STEPPING])
 @pytest.mark.parametrize("choice", [Choice(), Choice(0.9, 20, 0.9)])
 def test_the_captured_loop_equals_the_eager_one(mix: str, choice: Choice) -> None:
     fields = {"mixers": ["metala", "ssd", "cosine"]} if mix == "hybrid_state" else {}

@@ -4,6 +4,11 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError
+from farspan.mixers.layout import SequenceLayout
+from farspan.ops.softmax.step import Ring
+
+# What has one entry per token, beside what has one per row.
+_SLOTTED = ("keys", "values", "mask")
 
 
 class LayerCache:
@@ -20,6 +25,17 @@ class LayerCache:
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
+
+    def pin(self, steps: int) -> None:
+        """From now on a step of one real token per row overwrites the memory in place, and asks the device for nothing.
+
+        Args:
+            steps: how many such steps the memory must have room for. Called again, it makes room for so many more.
+
+        Raises:
+            ConfigError: where `can_pin` is false.
+        """
+        raise ConfigError(f"{type(self).__name__} does not stay in one place: its steps cannot be replayed.")
 
     def select(self, rows: Tensor) -> None:
         """Keeps the given batch rows, in the given order (beam search, batch selection)."""
@@ -63,8 +79,7 @@ class StateCache(LayerCache):
         super().__init__()
         self._pinned = False
 
-    def pin(self) -> None:
-        """From now on every update writes into the tensors that are there, until `reset` or a change of the rows."""
+    def pin(self, steps: int) -> None:
         self._pinned = True
 
     def select(self, rows: Tensor) -> None:
@@ -102,16 +117,61 @@ class KeyValueCache(LayerCache):
     """Keys and values of every token, or of the last `window − 1` real tokens of each row.
 
     Memory is `[B, S, G, K]` in a buffer that grows by half when it is full, so that a step costs amortised O(1) copies.
+    Pinned, it has all its room at once, a ring of `window` slots where there is a window, and the device counts.
 
     Args:
         window: number of keys a query sees, itself included; None keeps all keys.
     """
+
+    can_pin = True
 
     def __init__(self, window: int | None = None) -> None:
         super().__init__()
         self.window = window
         self.length = 0
         self.croppable = window is None
+
+    @property
+    def filled(self) -> Tensor | None:
+        """Of a pinned memory: `[B]` int32, tokens written so far, the next of which goes to slot filled mod S."""
+        return self.tensors.get("filled")
+
+    def takes_step(self, x: Tensor, layout: SequenceLayout) -> bool:
+        """Whether `[B, 1, D]` is one real token per row behind a pinned memory, for a step that changes it in place."""
+        return self.filled is not None and x.shape[1] == 1 and layout.padding_mask is None and layout.attentions is None
+
+    def ring(self) -> Ring:
+        """What a step of a pinned memory changes in place."""
+        held = self.tensors
+        return Ring(held["keys"], held["values"], held["filled"], held.get("mask"))
+
+    def pin(self, steps: int) -> None:
+        if self.filled is not None:
+            if self.window is not None:
+                return  # the ring goes on
+            self.length = int(self.filled[0])
+        elif "mask" in self.tensors:
+            self._padding_first()
+        slots = self.length + steps if self.window is None else self.window
+        for name in filter(self.tensors.__contains__, _SLOTTED):
+            x = self.tensors[name]
+            if x.shape[1] < slots or (self.window is not None and x.shape[1] > slots):
+                x = x.new_zeros((len(x), slots, *x.shape[2:]))
+                x[:, : self.length] = self.tensors[name][:, : self.length]
+            x[:, self.length :] = 0
+            self.tensors[name] = x.contiguous()
+        keys = self.tensors["keys"]
+        self.tensors["filled"] = torch.full((len(keys),), self.length, dtype=torch.int32, device=keys.device)
+
+    def _padding_first(self) -> None:
+        """Moves padding to the front of its row, where a ring overwrites it first and positions count on behind it."""
+        mask = self.tensors["mask"][:, : self.length]
+        if bool((mask[:, 1:] >= mask[:, :-1]).all()):
+            return
+        order = mask.to(torch.int8).argsort(dim=1, stable=True)
+        for name in filter(self.tensors.__contains__, _SLOTTED):
+            x = self.tensors[name][:, : self.length]
+            self.tensors[name] = x.gather(1, order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand_as(x))
 
     @property
     def keys(self) -> Tensor | None:
@@ -139,7 +199,12 @@ class KeyValueCache(LayerCache):
         Returns:
             Keys `[B, S, G, K]`, values `[B, S, G, V]` and key mask `[B, S]` (None when all are real), S ≥ T; the new
             tokens are the last T.
+
+        Raises:
+            ConfigError: for a memory that a captured loop has used up.
         """
+        if self.filled is not None:
+            raise ConfigError("This cache was used up by `decode`; give model.new_cache().")
         new = keys.shape[1]
         if mask is not None or "mask" in self.tensors:
             self._ensure_mask(keys)

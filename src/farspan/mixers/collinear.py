@@ -163,6 +163,8 @@ class CoefficientCache(KeyValueCache):
     follows the newest one, and the others are counted back from it. If they ever jump, they are stored from then on.
     """
 
+    can_pin = False
+
     def append_at(
         self, t: Tensor, values: Tensor, layout: SequenceLayout
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:

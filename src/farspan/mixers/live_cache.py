@@ -18,6 +18,8 @@ class BiasedKeyCache(KeyValueCache):
         window: number of keys a query sees, itself included; None keeps all keys.
     """
 
+    can_pin = False
+
     def append_with(
         self, keys: Tensor, values: Tensor, mask: Tensor | None, **more: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:

@@ -10,9 +10,11 @@ from farspan.errors import ConfigError
 from farspan.mixers.base import CacheKind, Mixer, MixerShape, linear_flops
 from farspan.mixers.cache import KeyValueCache, LayerCache
 from farspan.mixers.layout import SequenceLayout
+from farspan.nn.joint import Joint, projected
 from farspan.nn.norms import RMSNorm
 from farspan.nn.positions import apply_rotary
 from farspan.ops.softmax.api import softmax_attention
+from farspan.ops.softmax.step import softmax_attention_step
 
 
 @dataclass
@@ -73,7 +75,9 @@ class SoftmaxMixer(Mixer):
     bidirectional: ClassVar[bool] = True
     attention_weights: ClassVar[bool] = True
     compact_cache: ClassVar[bool] = True
-    operators: ClassVar[tuple[str, ...]] = ("softmax_attention",)
+    operators: ClassVar[tuple[str, ...]] = ("softmax_attention", "softmax_attention_step")
+    joint_projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
+    joint: Joint | None = None
 
     def __init__(self, config: MixerShape, options: SoftmaxOptions, layer_idx: int) -> None:
         super().__init__()
@@ -112,19 +116,24 @@ class SoftmaxMixer(Mixer):
         cache: LayerCache | None = None,
         sequence_parallel: Any = None,
     ) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
+        parts = projected(self, x)
+        heads = (self.heads, self.key_heads, self.key_heads)
+        q, k, v = (part.unflatten(-1, (count, self.head_dim)) for part, count in zip(parts, heads, strict=True))
         q, k = self.q_norm(q), self.k_norm(k)
+        cos = sin = None
         if self.options.rope:
             cos, sin = layout.rotary(self.rotary_dim, self.rope_parameters, self.max_position_embeddings)
-            interleaved = self.options.rope_interleaved
+        interleaved = self.options.rope_interleaved
+        assert cache is None or isinstance(cache, KeyValueCache)
+        if cache is not None and cache.takes_step(x, layout):
+            out = softmax_attention_step(q, k, v, cache.ring(), cos=cos, sin=sin, interleaved=interleaved)
+            return self.o_proj(self.sub_norm(out.flatten(2)))
+        if cos is not None and sin is not None:
             q, k = apply_rotary(q, cos, sin, interleaved), apply_rotary(k, cos, sin, interleaved)
         window = self.options.sliding_window
         dropout = self.options.attention_dropout if self.training else 0.0
         fresh, key_mask = True, None
         if cache is not None:
-            assert isinstance(cache, KeyValueCache)
             fresh = cache.length == 0
             keys, values, held = cache.append(k, v, layout.padding_mask)
             if not fresh:

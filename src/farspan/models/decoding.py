@@ -16,6 +16,9 @@ from farspan.models.cache import FarspanCache
 from farspan.models.causal_lm import FarspanForCausalLM
 from farspan.nn.joint import joined
 
+# Steps for which a memory that grows is given room at once.
+ROOM = 8192
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -131,9 +134,9 @@ def decode(
     yield token
     if max_new_tokens > 1:
         steps = _Step(model, cache, token, choice)
-        if capture:
+        if all(layer.can_pin for layer in cache.layers):
             with joined(model):
-                yield from steps.captured(max_new_tokens - 1)
+                yield from steps.pinned(max_new_tokens - 1, capture)
         else:
             yield from (steps.run() for _ in range(max_new_tokens - 1))
 
@@ -186,10 +189,16 @@ class _Step:
             self._advance()
         return self.token.clone()
 
-    def captured(self, count: int) -> Iterator[Tensor]:
-        """`count` next tokens; the first step runs as it is, which compiles and allocates what the graph will use."""
-        for layer in self.cache.layers:
-            layer.pin()
+    def pinned(self, count: int, capture: bool) -> Iterator[Tensor]:
+        """`count` next tokens; memories that grow get room for so many steps at a time, and a graph of their own."""
+        for start in range(0, count, ROOM):
+            steps = min(ROOM, count - start)
+            for layer in self.cache.layers:
+                layer.pin(steps)
+            yield from self._captured(steps) if capture else (self.run() for _ in range(steps))
+
+    def _captured(self, count: int) -> Iterator[Tensor]:
+        """The first step runs as it is, which compiles and allocates what the graph will use."""
         stream = torch.cuda.Stream(self.token.device)
         stream.wait_stream(torch.cuda.current_stream(self.token.device))
         with torch.cuda.stream(stream):

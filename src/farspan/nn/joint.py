@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,14 @@ class Joint:
         """Gives every map a weight of its own again."""
         for linear in self._linears:
             linear.weight.data = linear.weight.data.clone()
+
+
+def projected(module: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """What each map that a module names in `joint_projections` gives for `[..., D]`, by one product where joined."""
+    if module.joint is not None:
+        parts: tuple[Tensor, ...] = module.joint(x)
+        return parts
+    return tuple(getattr(module, name)(x) for name in module.joint_projections)
 
 
 @contextlib.contextmanager
