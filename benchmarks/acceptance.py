@@ -135,7 +135,8 @@ def run(out: str, about: str | None, checks: dict[str, Checks], rows: dict[str, 
     """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(out), help="where to write the results")
-    parser.add_argument("--only", nargs="+", choices=list(rows), default=list(rows), help="these operators alone")
+    ours = [name for name, group in rows.items() if CASES[group[0].case].peer_of is None]
+    parser.add_argument("--only", nargs="+", choices=list(rows), default=ours, help="these operators alone")
     parser.add_argument("--times", action="store_true", help="times alone")
     parser.add_argument("--warm", action="store_true", help="without the first calls in processes of their own")
     options = parser.parse_args()

@@ -2,10 +2,10 @@
 
 Precision: for outputs and every gradient, the largest error against the float64 form must be at most twice the error of
 a PyTorch form of the same dtype, that is with 16-bit operands in every matrix product, float32 accumulation, states and
-statistics. Times are those of `farspan bench ops`, with the limits that we set ourselves; `--only peers` measures
-flash-linear-attention and mamba_ssm, whose first calls take minutes.
+statistics. Times are those of `farspan bench ops`, with the limits that we set ourselves; `--only fla_gla` and the
+other groups of peers measure flash-linear-attention and mamba_ssm, whose first calls take minutes.
 
-    python benchmarks/ops_gpu.py --only metala gated_linear cosine ssd short_convolution
+    python benchmarks/ops_gpu.py
 """
 
 import sys
@@ -49,10 +49,14 @@ ROWS = {
         Row("short_convolution", 1, 32768),
         Row("short_convolution", 1, 131072),
     ],
-    "peers": [
-        Row(peer, 16, 2048)
-        for peer in ("fla metala", "fla chunk_gla", "fla fused_linear", "fla chunk_linear", "mamba_ssm ssd")
-    ],
+    **{
+        group: [Row(peer, *shape) for peer in peers for shape in ((16, 2048), (1, 32768), (1, 131072))]
+        for group, peers in {
+            "fla_gla": ("fla metala", "fla chunk_gla"),
+            "fla_linear": ("fla fused_linear", "fla chunk_linear"),
+            "mamba_ssm": ("mamba_ssm ssd",),
+        }.items()
+    },
 }
 
 
