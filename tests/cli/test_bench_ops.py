@@ -1,15 +1,21 @@
 """`farspan bench ops` measures every operator, names what it cannot, and writes what it found."""
 
+import dataclasses
+import importlib
 import json
+from math import inf
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 from farspan.cli.main import main
+from farspan.evaluation import op_tune
 from farspan.evaluation.op_cases import CASES, chosen
-from farspan.evaluation.op_speed import op_speed
-from farspan.evaluation.op_workload import OpCase, Workload
+from farspan.evaluation.op_speed import OpSpeed, cold_first_call, op_speed
+from farspan.evaluation.op_workload import Leaves, OpCase, Workload
+from farspan.ops import _tiles
 
 CPU = torch.device("cpu")
 
@@ -68,6 +74,56 @@ def test_what_fails_is_a_note_and_not_the_end() -> None:
 
     speed = op_speed("broken", OpCase(fail), 1, 8, torch.float32, CPU)
     assert (speed.forward_ms, speed.note) == (None, "out of memory")
+
+
+@pytest.mark.slow
+def test_a_cold_first_call_is_that_of_another_process() -> None:
+    assert 0 < cold_first_call("softmax", 1, 8, torch.float32, CPU) < 60
+    with pytest.raises(RuntimeError, match="KeyError: 'unknown'"):
+        cold_first_call("unknown", 1, 8, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("name", ["ops_gpu", "attention_gpu"])
+def test_the_benchmarks_measure_what_there_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    benchmark = importlib.import_module(name)
+    assert set(benchmark.CHECKS) <= set(benchmark.ROWS)
+    figures = {field.name for field in dataclasses.fields(OpSpeed)}
+    for row in (row for rows in benchmark.ROWS.values() for row in rows):
+        assert row.case in CASES
+        assert row.peer is None or CASES[row.peer].peer_of is not None
+        assert set(row.most) <= figures
+        assert row.peer is not None or (row.slower, row.faster, row.leaner) == (None, None, None)
+
+
+class Fake:
+    """An operator whose tiles are fast, slow, wrong or refused."""
+
+    SHIPPED, SLOW, FAST, WRONG, REFUSED = (64, 1), (64, 2), (64, 3), (64, 4), (64, 5)
+    TIMES: ClassVar[dict[tuple[int, int], float]] = {SHIPPED: 1.0, SLOW: 1.5, FAST: 0.8, WRONG: 0.1, REFUSED: 0.1}
+
+    @classmethod
+    def tile(cls) -> tuple[int, int]:
+        return _tiles.measured("fake.kernel", (), cls.SHIPPED, [cls.SLOW, cls.FAST, cls.WRONG, cls.REFUSED], 0)
+
+    @classmethod
+    def call(cls, x: Leaves) -> torch.Tensor:
+        if cls.tile() == cls.REFUSED:
+            raise RuntimeError("out of shared memory")
+        return x["x"] * (2 if cls.tile() == cls.WRONG else 1)
+
+
+def test_tuning_keeps_the_fastest_tile_that_is_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "card")
+    monkeypatch.setenv("FARSPAN_TILES", str(tmp_path / "tiles.json"))
+    monkeypatch.setattr(op_tune, "device_time", lambda step: Fake.TIMES[Fake.tile()])
+    leaves = {"x": torch.ones(3, requires_grad=True)}
+    monkeypatch.setitem(CASES, "fake", OpCase(lambda *_: Workload(leaves, Fake.call, 1.0)))
+    seen = {}
+    found = op_tune.tune(["fake"], torch.float32, CPU, lambda key, tile, ratio: seen.update({tile: ratio}))
+    assert found == {"fake.kernel": Fake.FAST}
+    assert seen == {Fake.SLOW: pytest.approx(1.5), Fake.FAST: pytest.approx(0.8), Fake.WRONG: inf, Fake.REFUSED: inf}
+    assert Fake.tile() == Fake.SHIPPED
 
 
 @pytest.mark.parametrize(
