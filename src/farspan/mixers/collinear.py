@@ -10,7 +10,9 @@ from farspan.errors import ConfigError, nearest
 from farspan.mixers.base import CacheKind, Mixer, MixerShape, linear_flops, mean_keys_seen
 from farspan.mixers.cache import KeyValueCache, LayerCache
 from farspan.mixers.layout import SequenceLayout
+from farspan.nn.joint import Joint, projected
 from farspan.ops.collinear.api import FORMS, TIES, collinear_attention, collinear_coefficients
+from farspan.ops.collinear.step import collinear_attention_step
 
 
 @dataclass
@@ -63,7 +65,9 @@ class CollinearMixer(Mixer):
     bidirectional: ClassVar[bool] = True
     attention_weights: ClassVar[bool] = True
     compact_cache: ClassVar[bool] = True
-    operators: ClassVar[tuple[str, ...]] = ("collinear_attention",)
+    operators: ClassVar[tuple[str, ...]] = ("collinear_attention", "collinear_attention_step")
+    joint_projections: ClassVar[tuple[str, ...]] = ("q_proj", "t_proj", "v_proj")
+    joint: Joint | None = None
 
     def __init__(self, config: MixerShape, options: CollinearOptions, layer_idx: int) -> None:
         super().__init__()
@@ -94,10 +98,11 @@ class CollinearMixer(Mixer):
         cache: LayerCache | None = None,
         sequence_parallel: Any = None,
     ) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
-        raw = self.t_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
+        parts, heads = projected(self, x), (self.heads, self.key_heads, self.key_heads)
+        q, raw, v = (part.unflatten(-1, (count, self.head_dim)) for part, count in zip(parts, heads, strict=True))
         t = collinear_coefficients(raw, self.rotary_dim, tie=self.options.tie)
-        v = self.v_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
+        if isinstance(cache, CoefficientCache) and cache.takes_step(x, layout):
+            return self.o_proj(self._step(q, t, v, layout, cache).flatten(2))
         fresh, key_mask, positions = True, None, None
         if cache is not None and x.shape[1]:
             assert isinstance(cache, CoefficientCache)
@@ -131,6 +136,21 @@ class CollinearMixer(Mixer):
             **visibility,
         )
 
+    def _step(self, q: Tensor, t: Tensor, v: Tensor, layout: SequenceLayout, cache: "CoefficientCache") -> Tensor:
+        """One token per row behind a pinned memory, `[B, 1, H, K]`."""
+        frequencies, factor = layout.frequencies(self.rotary_dim, self.rope_parameters, self.max_position_embeddings)
+        return collinear_attention_step(
+            q,
+            t,
+            v,
+            cache.ring(),
+            layout.positions,
+            frequencies,
+            rotary_scale=factor,
+            form=self.options.form,
+            tie=self.options.tie,
+        )
+
     def _rotary(self, layout: SequenceLayout, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The table of the new tokens or, given the positions of all keys, of those."""
         if positions is not None:
@@ -143,7 +163,8 @@ class CollinearMixer(Mixer):
         return "kv" if options.sliding_window is None else "window"
 
     def new_cache(self) -> LayerCache:
-        return CoefficientCache(self.options.sliding_window)
+        tied = self.options.tie == "rotary" or self.rotary_dim == self.head_dim
+        return CoefficientCache(self.options.sliding_window, steps=tied)
 
     def flops_per_token(self, length: int) -> float:
         seen = mean_keys_seen(length, self.options.sliding_window, self.causal)
@@ -161,9 +182,19 @@ class CoefficientCache(KeyValueCache):
 
     Positions take no memory per token while they count the real tokens of a row: `next` `[B]` is the position that
     follows the newest one, and the others are counted back from it. If they ever jump, they are stored from then on.
+
+    Args:
+        window: number of keys a query sees, itself included; None keeps all keys.
+        steps: whether `collinear_attention_step` can serve; it also needs all keys, and positions that count on.
     """
 
-    can_pin = False
+    def __init__(self, window: int | None = None, *, steps: bool = True) -> None:
+        super().__init__(window)
+        self._steps = steps and window is None
+
+    @property
+    def can_pin(self) -> bool:  # type: ignore[override]
+        return self._steps and "positions" not in self.tensors
 
     def append_at(
         self, t: Tensor, values: Tensor, layout: SequenceLayout

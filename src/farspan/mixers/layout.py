@@ -60,13 +60,16 @@ class SequenceLayout:
         """
 
         def compute() -> tuple[Tensor, Tensor]:
-            length = self.planned_length() if parameters.get("rope_type") == "dynamic" else 0
-            frequencies, scaling = _frequencies(
-                rotary_dim, parameters, max_position_embeddings, length, self.positions.device
-            )
-            return rotary_table(self.positions, frequencies, scaling)
+            return rotary_table(self.positions, *self.frequencies(rotary_dim, parameters, max_position_embeddings))
 
         return self.once(("rotary", rotary_dim, max_position_embeddings, tuple(sorted(parameters.items()))), compute)
+
+    def frequencies(
+        self, rotary_dim: int, parameters: Mapping[str, Any], max_position_embeddings: int
+    ) -> tuple[Tensor, float]:
+        """Angles per position `[r/2]` of RoPE, float32 and on the device, and the factor on cos and sin."""
+        length = self.planned_length() if parameters.get("rope_type") == "dynamic" else 0
+        return _frequencies(rotary_dim, parameters, max_position_embeddings, length, self.positions.device)
 
     def pack(self, x: Tensor, ahead: bool = False) -> Tensor:
         """`[B, T, …]` with padding → `[1, N, …]` of the real tokens, row after row; unchanged without padding.

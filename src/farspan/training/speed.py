@@ -18,7 +18,7 @@ from farspan.training.setup import recompute_activations
 # Decoded tokens that are not counted, and the fewest that leave one interval in every loop.
 UNCOUNTED, FEWEST_TOKENS = 5, 7
 # Tokens that go through the model at once when a long prompt is read.
-PREFILL_CHUNK = 16384
+PREFILL_CHUNK = 1 << 19
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ def _same_shape(mixer: str) -> FarspanConfig:
 
 PRESETS = {
     "softmax-374m": Preset(lambda: _same_shape("softmax"), 373_867_520, "Farspan"),
+    "collinear-374m": Preset(lambda: _same_shape("collinear"), 373_867_520, "Farspan"),
+    "dilated-374m": Preset(lambda: _same_shape("dilated"), 373_867_520, "Farspan"),
+    "dynamic-mask-374m": Preset(lambda: _same_shape("dynamic_mask"), 374_264_192, "Farspan"),
     "metala-374m": Preset(lambda: _same_shape("metala"), 374_002_688, "Farspan"),
     "cosine-374m": Preset(lambda: _same_shape("cosine"), 373_867_904, "Farspan"),
 }

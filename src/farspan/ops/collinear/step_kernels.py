@@ -1,0 +1,83 @@
+"""Triton kernel of one decoding step of collinear attention: one stretch of the coefficients; softmax merges them.
+
+A score is Σ_j t_j (A_j cos(p θ_j) + B_j sin(p θ_j)) at the position p of a key. With p = p₀ + i in a block that starts
+at p₀, A and B are turned by p₀ θ once for the block, and t is multiplied with the sines and cosines of i θ, which every
+block shares: the angles take no memory and next to no time.
+"""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+from farspan.ops.softmax.step_kernels import LOG2E, LOWEST, fold, leave, stretch, visible, write
+
+
+@triton.jit
+def _turn(position, b_theta, turns, rotary_scale):
+    """cos and sin of an angle, 1 and 0 for what is not rotated."""
+    b_angle = position * b_theta
+    return tl.where(turns, tl.cos(b_angle) * rotary_scale, 1.0), tl.where(turns, tl.sin(b_angle) * rotary_scale, 0.0)
+
+
+@triton.jit(do_not_specialize=["S", "parts", "q_row", "t_row", "v_row"])
+def collinear_kernel(
+    p_q, p_t, p_v, p_positions, p_theta, p_keys, p_values, p_mask, p_filled, p_parts, p_stats, scale, rotary_scale,
+    S, parts, q_row, t_row, v_row, G: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    R: tl.constexpr, STRICT: tl.constexpr, MASKED: tl.constexpr, QB: tl.constexpr, BT: tl.constexpr,
+    BJ: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One stretch for the Q query heads of one key head; `*_row` are the distances of batch rows."""
+    group, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n = tl.load(p_filled + row)
+    place = n % S
+    now = tl.load(p_positions + row).to(tl.int32)
+    first, stop = stretch(n, S, part, parts, BT)
+    o_q, o_j, o_v, o_t = tl.arange(0, QB), tl.arange(0, BJ), tl.arange(0, BV), tl.arange(0, BT)
+    m_q, m_j, m_v, turns = o_q < Q, o_j < K // 2, o_v < V, o_j < R // 2
+    b_theta = tl.load(p_theta + o_j, mask=turns, other=0.0)
+    # The two channels that share coefficient j.
+    one = tl.where(turns, o_j, o_j + R // 2)
+    other = one + tl.where(turns, R // 2, K // 2 - R // 2)
+    p_q += row * q_row + (group * Q + o_q[:, None]) * K
+    m_qj = m_q[:, None] & m_j[None, :]
+    b_x = tl.load(p_q + one[None, :], mask=m_qj, other=0).to(tl.float32)
+    b_y = tl.load(p_q + other[None, :], mask=m_qj, other=0).to(tl.float32)
+    b_cos, b_sin = _turn(now.to(tl.float32), b_theta, turns, rotary_scale)
+    b_cos, b_sin = b_cos[None, :], b_sin[None, :]
+    if STRICT:
+        b_n = (b_x * b_x + b_y * b_y) * scale
+        b_a, b_b = b_n * b_cos, b_n * b_sin
+    else:
+        b_x, b_y = b_x * (b_x * b_cos - b_y * b_sin) * scale, b_y * (b_y * b_cos + b_x * b_sin) * scale
+        b_a, b_b = b_x + b_y, b_y - b_x
+    b_a, b_b = b_a * LOG2E, b_b * LOG2E
+    p_keys += (row * S * G + group) * (K // 2)
+    p_values += (row * S * G + group) * V
+    p_mask += row * S
+    b_max = tl.zeros((QB,), tl.float32) + LOWEST
+    b_sum, b_out = tl.zeros((QB,), tl.float32), tl.zeros((QB, BV), tl.float32)
+    if part == 0:
+        new = place.to(tl.int64) * G
+        b_t = write(p_keys + new * (K // 2), p_t + row * t_row + group * (K // 2), p_mask, place, o_j, m_j, False)
+        b_v = write(p_values + new * V, p_v + row * v_row + group * V, p_mask, place, o_v, m_v, MASKED)
+        b_max = tl.sum(b_t[None, :] * (b_a * b_cos + b_b * b_sin), axis=1)
+        b_sum += 1.0
+        b_out += b_v[None, :]
+    b_angle = o_t.to(tl.float32)[None, :] * b_theta[:, None]
+    b_cos, b_sin = tl.cos(b_angle), tl.sin(b_angle)
+    for start in range(first, stop, BT):
+        seen = visible(start + o_t, stop, place, p_mask, MASKED)
+        at = (tl.zeros((), tl.int64) + start) * G
+        o_s = o_t * G
+        m_t = seen[None, :] & m_j[:, None]
+        b_t = tl.load(p_keys + at * (K // 2) + o_s[None, :] * (K // 2) + o_j[:, None], mask=m_t, other=0.0)
+        b_v = tl.load(p_values + at * V + o_s[:, None] * V + o_v[None, :], mask=seen[:, None] & m_v[None, :], other=0.0)
+        b_c, b_s = _turn((now - n + start).to(tl.float32), b_theta, turns, rotary_scale)
+        b_c, b_s = b_c[None, :], b_s[None, :]
+        b_t = b_t.to(tl.float32)
+        b_even, b_odd = (b_a * b_c + b_b * b_s).to(DOT), (b_b * b_c - b_a * b_s).to(DOT)
+        b_scores = tl.dot(b_even, (b_t * b_cos).to(DOT), input_precision=PRECISION)
+        b_scores = tl.dot(b_odd, (b_t * b_sin).to(DOT), b_scores, input_precision=PRECISION)
+        b_max, b_sum, b_out = fold(b_scores, seen, b_v, b_max, b_sum, b_out, DOT, PRECISION)
+    head = row * G * Q + group * Q + o_q
+    leave(p_parts, p_stats, b_max, b_sum, b_out, head, m_q, part, parts, o_v, m_v, V)

@@ -1,0 +1,46 @@
+"""The launches of collinear attention's decoding step."""
+
+import triton
+from torch import Tensor
+
+from farspan.ops._launch_step import dense_rows
+from farspan.ops.collinear.step_kernels import collinear_kernel
+from farspan.ops.softmax.step import Ring
+from farspan.ops.softmax.step_triton import Split
+
+
+def collinear_attention_step_triton(
+    q: Tensor,
+    t: Tensor,
+    v: Tensor,
+    ring: Ring,
+    positions: Tensor,
+    frequencies: Tensor,
+    rotary_scale: float,
+    form: str,
+    scale: float,
+) -> Tensor:
+    """The kernels' form of `collinear_attention_step`; arguments as there."""
+    q, t, v = (dense_rows(x) for x in (q, t, v))
+    split = Split(q, ring, v.dtype)
+    collinear_kernel[split.grid](
+        q,
+        t,
+        v,
+        positions.contiguous(),
+        frequencies.float().contiguous(),
+        *split.tensors,
+        float(scale),
+        float(rotary_scale),
+        ring.keys.shape[1],
+        split.parts,
+        q.stride(0),
+        t.stride(0),
+        v.stride(0),
+        K=q.shape[-1],
+        R=2 * len(frequencies),
+        STRICT=form == "strict",
+        BJ=max(16, triton.next_power_of_2(q.shape[-1] // 2)),
+        **split.constants,
+    )
+    return split.merge()
