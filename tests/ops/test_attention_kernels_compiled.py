@@ -16,6 +16,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from farspan.ops import rotary_kernels as rotary
 from farspan.ops.collinear import kernels as collinear
 from farspan.ops.dilated import kernels as dilated
 from farspan.ops.dynamic_mask import expiry_kernels
@@ -35,6 +36,7 @@ NUMBERS = {"R", "keep", "first_row", "blocks", "W", "U", "first", "end", "tokens
 PERIODS = {"PERIODS": (4096, 8192, 32768), "DILATIONS": (2, 4, 12)}
 BOXES = PERIODS | {"D": 64, "BT": 64, "BD": 64, "NUMBERS": 8}
 TURNED = {"K": 64, "R": 32, "HEAD": False, "BT": 32, "BK": 64}
+ROTATED = {"K": 64, "R": 32, "BT": 16, "HB": 4, "BK": 64}
 BAGS = {"D": 1024, "BR": 16, "BD": 512}
 TILES = {"D": 64, "V": 64, "BD": 64, "BV": 64, "C": 64, "QB": 2, "DOT": tl.bfloat16, "PRECISION": "ieee"}
 WIDE = {"D": 128, "V": 128, "BD": 128, "BV": 128}
@@ -46,6 +48,8 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], int, int, bool]] = {
     "strict transform": (collinear.transform_kernel, TURNED | {"STRICT": True, "HB": 4}, 4, 3, False),
     "transform gradient": (collinear.transform_gradient_kernel, TURNED | {"STRICT": False, "HB": 4}, 4, 3, False),
     "strict transform gradient": (collinear.transform_gradient_kernel, TURNED | {"STRICT": True, "HB": 4}, 4, 3, False),
+    "rotation": (rotary.rotate_kernel, ROTATED | {"INTERLEAVED": False, "BACK": True}, 4, 3, False),
+    "interleaved rotation": (rotary.rotate_kernel, ROTATED | {"INTERLEAVED": True, "BACK": False}, 4, 3, False),
     "coefficients": (collinear.coefficient_kernel, TURNED, 4, 3, False),
     "coefficients gradient": (collinear.coefficient_gradient_kernel, TURNED, 4, 3, False),
     "window": (expiry_kernels.window_kernel, {"N": 64, "BX": 1024, "PACKED": False}, 4, 3, False),
@@ -57,12 +61,12 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], int, int, bool]] = {
     "hop": (expiry_kernels.hop_kernel, {"BX": 1024}, 4, 3, False),
     "birth": (expiry_kernels.birth_kernel, {"C": 64, "BX": 1024}, 4, 3, False),
     "newest": (expiry_kernels.newest_kernel, {"BM": 32, "BL": 64}, 4, 3, False),
-    "attend": (lanes.attend_kernel, TILES | {"BN": 64}, 4, 3, True),
-    "query gradient": (lanes.query_gradient_kernel, TILES | {"BN": 64}, 4, 2, True),
+    "attend": (lanes.attend_kernel, TILES | {"BN": 64, "EXACT": True}, 4, 3, True),
+    "query gradient": (lanes.query_gradient_kernel, TILES | {"BN": 64, "EXACT": True}, 4, 2, True),
     "own gradient": (lanes.own_gradient_kernel, TILES | {"QB": 1}, 4, 1, True),
     "lane gradient": (lanes.lane_gradient_kernel, TILES | {"QB": 1, "BL": 64}, 4, 1, True),
-    "wide attend": (lanes.attend_kernel, TILES | WIDE | {"BN": 64}, 8, 3, True),
-    "wide query gradient": (lanes.query_gradient_kernel, TILES | WIDE | {"BN": 64}, 8, 2, True),
+    "wide attend": (lanes.attend_kernel, TILES | WIDE | {"BN": 64, "EXACT": True}, 8, 3, True),
+    "wide query gradient": (lanes.query_gradient_kernel, TILES | WIDE | {"BN": 64, "EXACT": True}, 8, 2, True),
     "wide own gradient": (lanes.own_gradient_kernel, TILES | WIDE | {"QB": 1}, 8, 1, True),
     "wide lane gradient": (lanes.lane_gradient_kernel, TILES | WIDE | {"QB": 1, "BL": 64}, 8, 1, True),
 }

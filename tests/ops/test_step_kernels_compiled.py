@@ -11,14 +11,18 @@ import pytest
 pytest.importorskip("triton")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import triton.language as tl
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from farspan.ops._launch_step import step_warps
+from farspan.ops.collinear.step_kernels import collinear_kernel
 from farspan.ops.cosine.step_kernels import step_kernel as cosine
 from farspan.ops.metala.step_kernels import step_kernel as metala
 from farspan.ops.short_convolution.step_kernels import step_kernel as convolution
+from farspan.ops.softmax.step_kernels import attend_kernel, merge_kernel
+from farspan.ops.softmax.step_triton import BLOCK
 from farspan.ops.ssd.step_kernels import step_kernel as ssd
 from farspan.ops.swiglu.kernels import swiglu_kernel
 
@@ -26,10 +30,12 @@ pytestmark = pytest.mark.slow
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 SPILLED_BYTES = 128
-FLOATS = {"scale", "tau", "eps", "low", "high"}
-FLOAT32 = {"p_state", "p_cos", "p_sin", "p_exponent", "p_a", "p_d", "p_bias", "p_w"}
+WHOLE = {"p_count": "*i64", "p_positions": "*i64", "p_filled": "*i32", "p_mask": "*u8"}
+FLOATS = {"scale", "rotary_scale", "tau", "eps", "low", "high"}
+FLOAT32 = {"p_state", "p_cos", "p_sin", "p_exponent", "p_a", "p_d", "p_bias", "p_w", "p_parts", "p_stats", "p_theta"}
 STATE = {"H": 16, "K": 64, "V": 128, "BK": 64, "BV": 128}
 FLAGS = {"OWN_KEY": False, "AUGMENT": True, "INSIDE": True, "NORMALIZE": True, "GATED": True}
+SLOTS = {"G": 4, "Q": 4, "MASKED": True, "QB": 16, "BT": BLOCK, "DOT": tl.bfloat16, "PRECISION": "ieee"}
 KERNELS = {
     "metala": (metala, STATE | FLAGS),
     "cosine": (cosine, STATE | {"R": 64, "INTERLEAVED": True, "COUNTED": True, "BY_QUERY": False}),
@@ -40,6 +46,11 @@ KERNELS = {
     ),
     "short_convolution": (convolution, {"W": 4, "BW": 4, "BD": 256, "BIASED": True, "SILU": True}),
     "swiglu": (swiglu_kernel, {"BF": 512}),
+    "softmax": (attend_kernel, SLOTS | {"K": 64, "V": 64, "R": 64, "INTERLEAVED": False, "BK": 64, "BV": 64}),
+    "wide softmax": (attend_kernel, SLOTS | {"K": 128, "V": 128, "R": 32, "INTERLEAVED": True, "BK": 128, "BV": 128}),
+    "collinear": (collinear_kernel, SLOTS | {"K": 64, "V": 64, "R": 64, "STRICT": False, "BJ": 32, "BV": 64}),
+    "wide collinear": (collinear_kernel, SLOTS | {"K": 128, "V": 128, "R": 64, "STRICT": True, "BJ": 64, "BV": 128}),
+    "merge": (merge_kernel, {"H": 16, "V": 128, "BS": 16, "BV": 128}),
 }
 
 
@@ -53,7 +64,7 @@ def compiled(kernel: Any, values: dict[str, Any], architecture: int, warps: int)
         elif not name.startswith("p_"):
             signature[name] = "i32"
         else:
-            signature[name] = "*i64" if name == "p_count" else "*fp32" if name in FLOAT32 else "*bf16"
+            signature[name] = WHOLE.get(name, "*fp32" if name in FLOAT32 else "*bf16")
     attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
     return compile(source, GPUTarget("cuda", architecture, 32), {"num_warps": warps})
@@ -63,7 +74,7 @@ def compiled(kernel: Any, values: dict[str, Any], architecture: int, warps: int)
 @pytest.mark.parametrize("name", KERNELS)
 def test_step_compiles(name: str, architecture: int, tmp_path: Path) -> None:
     kernel, values = KERNELS[name]
-    warps = step_warps(values["BK"], values["BV"]) if "BK" in values else 4
+    warps = step_warps(values["BK"], values["BV"]) if "BK" in values and "QB" not in values else 4
     binary = compiled(kernel, values, architecture, warps)
     assert binary.metadata.shared <= SHARED_MEMORY[architecture]
     path = tmp_path / "kernel.cubin"

@@ -12,7 +12,7 @@ from farspan.mixers.cache import KeyValueCache, LayerCache
 from farspan.mixers.layout import SequenceLayout
 from farspan.nn.joint import Joint, projected
 from farspan.nn.norms import RMSNorm
-from farspan.nn.positions import apply_rotary
+from farspan.ops.rotary import rotary_pair
 from farspan.ops.softmax.api import softmax_attention
 from farspan.ops.softmax.step import softmax_attention_step
 
@@ -75,7 +75,7 @@ class SoftmaxMixer(Mixer):
     bidirectional: ClassVar[bool] = True
     attention_weights: ClassVar[bool] = True
     compact_cache: ClassVar[bool] = True
-    operators: ClassVar[tuple[str, ...]] = ("softmax_attention", "softmax_attention_step")
+    operators: ClassVar[tuple[str, ...]] = ("softmax_attention", "softmax_attention_step", "rotary_pair")
     joint_projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
     joint: Joint | None = None
 
@@ -129,7 +129,7 @@ class SoftmaxMixer(Mixer):
             out = softmax_attention_step(q, k, v, cache.ring(), cos=cos, sin=sin, interleaved=interleaved)
             return self.o_proj(self.sub_norm(out.flatten(2)))
         if cos is not None and sin is not None:
-            q, k = apply_rotary(q, cos, sin, interleaved), apply_rotary(k, cos, sin, interleaved)
+            q, k = rotary_pair(q, k, cos, sin, interleaved=interleaved)
         window = self.options.sliding_window
         dropout = self.options.attention_dropout if self.training else 0.0
         fresh, key_mask = True, None

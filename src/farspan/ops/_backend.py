@@ -127,6 +127,11 @@ def triton_reason(op: str, tensors: Sequence[Tensor] = ()) -> str | None:
     return _limits[op](tensors) if tensors and op in _limits else None
 
 
+def no_double(tensors: Sequence[Tensor]) -> str | None:
+    """Limits of kernels that compute in float32: why they cannot serve these tensors; None if they can."""
+    return "the kernels compute in float32" if any(x.dtype == torch.float64 for x in tensors) else None
+
+
 @_constant
 def _machine_reason(device: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from farspan.ops._contract import compute_dtype
+from farspan.errors import ShapeError
+from farspan.ops._backend import no_double, register, resolve
+from farspan.ops._contract import Contract, compute_dtype
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -25,3 +27,56 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False)
     first, second = pairs.unbind(axis)
     rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=axis).flatten(-2).to(x.dtype)
     return rotated if width == x.shape[-1] else torch.cat((rotated, x[..., width:]), dim=-1)
+
+
+def rotary_pair(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`apply_rotary` of queries and keys at the same places; on a GPU one kernel forward and one backward.
+
+    Args:
+        q, k: `[B, T, H, K]` and `[B, T, G, K]`.
+        cos, sin: `[B, T, r/2]` float32 from `rotary_table`, r ≤ K; constants, no gradient reaches them.
+        interleaved: as for `apply_rotary`.
+        backend: `"auto"`, `"reference"`, `"torch"` (the same function) or `"triton"`.
+
+    Returns:
+        Both rotated, in their dtypes; formed in float32 and rounded once.
+
+    Raises:
+        ShapeError: for shapes or devices that do not fit.
+        BackendUnavailable: for a named backend that cannot serve.
+
+    Cost:
+        One read and one write of q and k, forward and backward.
+
+    Source: Su et al. 2021, arXiv 2104.09864.
+
+    Example:
+        >>> q, turn = torch.tensor([1.0, 0.0]).reshape(1, 1, 1, 2), torch.ones(1, 1, 1)  # a quarter of a turn
+        >>> rotary_pair(q, 2 * q, 0 * turn, turn)[1].flatten().tolist()
+        [0.0, 2.0]
+    """
+    contract = Contract("rotary_pair")
+    contract.tensor("q", q, "B T H K")
+    contract.tensor("k", k, "B T G K")
+    contract.tensor("cos", cos, "B T r/2")
+    contract.tensor("sin", sin, "B T r/2")
+    if 2 * cos.shape[-1] > q.shape[-1]:
+        raise ShapeError(f"rotary_pair: r={2 * cos.shape[-1]} channels cannot be rotated of K={q.shape[-1]}.")
+    turned: tuple[Tensor, Tensor] = resolve("rotary_pair", backend, (q, k))(q, k, cos, sin, interleaved)
+    return turned
+
+
+def rotary_pair_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """One after the other; arguments as `rotary_pair`."""
+    return apply_rotary(q, cos, sin, interleaved), apply_rotary(k, cos, sin, interleaved)
+
+
+register(
+    "rotary_pair",
+    reference=rotary_pair_torch,
+    torch=rotary_pair_torch,
+    triton="farspan.ops.rotary_triton:rotary_pair_triton",
+    triton_limits=no_double,
+)

@@ -1,23 +1,16 @@
 """The public functions of collinear attention: checks, choice of the backend, call."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError, ShapeError
-from farspan.ops._backend import register, resolve
+from farspan.ops._backend import no_double, register, resolve
 from farspan.ops._contract import Contract
 from farspan.ops.collinear.reference import collinear_attention_reference, tied_means
 from farspan.ops.collinear.torch import collinear_attention_fused
 
 FORMS = ("slack", "strict")
 TIES = ("rotary", "head")
-
-
-def no_double(tensors: Sequence[Tensor]) -> str | None:
-    """Why the kernels cannot serve these tensors; None if they can."""
-    return "the kernels compute in float32" if any(x.dtype == torch.float64 for x in tensors) else None
 
 
 def coefficients_by_means(raw: Tensor, rotary_dim: int, tie: str) -> Tensor:

@@ -1,0 +1,36 @@
+"""The kernel that rotates queries and keys together, in Triton's interpreter against the formula, with gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from farspan.ops.rotary import rotary_pair_torch
+from farspan.ops.rotary_triton import rotary_pair_triton
+from tests import tolerances
+from tests.ops.checks import assert_close
+
+
+def results(call: object, q: Tensor, k: Tensor, *rest: object) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k)]
+    turned = call(*leaves, *rest)
+    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).to(x.dtype) for x in turned]
+    gradients = torch.autograd.grad(sum((x * w).sum() for x, w in zip(turned, weights, strict=True)), leaves)
+    return [*(x.detach() for x in turned), *gradients]
+
+
+@pytest.mark.parametrize(("width", "rotary"), [(8, 8), (6, 6), (10, 4), (8, 2)])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_both_match_the_formula(width: int, rotary: int, interleaved: bool, dtype: torch.dtype) -> None:
+    q, k = torch.randn(2, 19, 5, width).to(dtype), torch.randn(2, 19, 2, width).to(dtype)
+    angles = torch.rand(2, 19, rotary // 2) * 6
+    table = 1.3 * angles.cos(), 1.3 * angles.sin()
+    want = results(rotary_pair_torch, q.double(), k.double(), *table, interleaved)
+    got = results(rotary_pair_triton, q, k, *table, interleaved)
+    for name, a, b in zip(("q", "k", "dq", "dk"), got, want, strict=True):
+        assert_close(a, b, tolerances.FLOAT32 if dtype == torch.float32 else 1e-3, name)
+
+
+def test_no_tokens() -> None:
+    q = torch.zeros(1, 0, 2, 8)
+    assert rotary_pair_triton(q, q, torch.zeros(1, 0, 4), torch.zeros(1, 0, 4), False)[0].shape == q.shape
