@@ -108,7 +108,7 @@ def test_cache_holds_exactly_the_live_keys(heads: str) -> None:
         run(mixer, x[:, t : t + 1], t, cache)
         alive = expiry(ranking[:, : t + 1], keep) > t
         assert (alive.sum(1) == min(t + 1, keep)).all()
-        held = cache.tensors["ranking"][:, : cache.length] > float("-inf")
+        held = cache.tensors["rankings"][:, : cache.length] > float("-inf")
         born = cache.tensors["born"][:, : cache.length].long().unsqueeze(-1).expand(held.shape)
         for row, head in ((row, head) for row in range(2) for head in range(mixer.bias_heads)):
             group, member = divmod(head, mixer.bias_heads // 2)
@@ -152,6 +152,23 @@ def test_cache_follows_its_rows() -> None:
         cache.crop(1)
 
 
+@pytest.mark.parametrize("heads", ["kv", "query"])
+@pytest.mark.parametrize("prompt", [2, 17])
+@torch.no_grad()
+def test_a_pinned_cache_stays_in_one_place(prompt: int, heads: str) -> None:
+    """Room for some steps or all slots; then text of any length goes on, and room can be made again."""
+    mixer, x = build(bias_heads=heads), tokens(2, 40)
+    cache = mixer.new_cache()
+    outs = [run(mixer, x[:, :prompt], 0, cache)]
+    for start in (prompt, prompt + 3):
+        cache.pin(3)
+        places = {name: tensor.data_ptr() for name, tensor in cache.tensors.items()}
+        outs += [run(mixer, x[:, t : t + 1], t, cache) for t in range(start, start + 3)]
+        assert {name: tensor.data_ptr() for name, tensor in cache.tensors.items()} == places
+    outs.append(run(mixer, x[:, prompt + 6 :], prompt + 6, cache))
+    assert_close(torch.cat(outs, dim=1), run(mixer, x), tolerances.FLOAT64)
+
+
 @torch.no_grad()
 def test_a_prompt_is_not_kept_alive_nor_written_to() -> None:
     mixer, x = build(torch.float32, keep_window_size=50), tokens(1, 10).float()
@@ -159,7 +176,7 @@ def test_a_prompt_is_not_kept_alive_nor_written_to() -> None:
     before, cache = keys.clone(), LiveKeyCache(50, 1)
     bias = torch.zeros(1, 10, 2)
     cache.append(keys, keys, bias, bias, None)
-    cache.append(keys[:, :1], keys[:, :1], bias[:, :1], bias[:, :1], None)
+    run(mixer, x[:, :1], 10, cache)
     assert torch.equal(keys, before)
     assert cache.tensors["keys"].untyped_storage().data_ptr() != keys.untyped_storage().data_ptr()
 

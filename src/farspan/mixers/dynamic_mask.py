@@ -12,12 +12,14 @@ from farspan.errors import ConfigError, nearest
 from farspan.mixers.base import CacheKind, Mixer, MixerShape, linear_flops, mean_keys_seen
 from farspan.mixers.cache import LayerCache
 from farspan.mixers.layout import SequenceLayout
-from farspan.mixers.live_cache import BiasedKeyCache, LiveKeyCache, UnreturningCache
+from farspan.mixers.live_cache import BiasedKeyCache, LiveKeyCache, UnreturningCache, hidden
+from farspan.nn.joint import Joint, projected
 from farspan.nn.norms import RMSNorm
 from farspan.nn.plain import is_plain
 from farspan.nn.positions import apply_rotary
 from farspan.ops._contract import compute_dtype, without_autocast
 from farspan.ops.dynamic_mask.api import SELECTIONS, dynamic_mask_attention
+from farspan.ops.dynamic_mask.step import dynamic_mask_step
 
 # exp of more would leave float32; a key of this bias takes all weight anyway.
 LARGEST_EXPONENT = 80.0
@@ -118,7 +120,9 @@ class DynamicMaskMixer(Mixer):
     bidirectional: ClassVar[bool] = True
     attention_weights: ClassVar[bool] = True
     compact_cache: ClassVar[bool] = True
-    operators: ClassVar[tuple[str, ...]] = ("dynamic_mask_attention",)
+    operators: ClassVar[tuple[str, ...]] = ("dynamic_mask_attention", "dynamic_mask_step")
+    joint_projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
+    joint: Joint | None = None
     no_weight_decay = ("bias_scale",)
 
     def __init__(self, config: MixerShape, options: DynamicMaskOptions, layer_idx: int) -> None:
@@ -169,6 +173,8 @@ class DynamicMaskMixer(Mixer):
     ) -> Tensor:
         if self.options.looks_ahead:
             layout = dataclasses.replace(layout, compact=False)
+        if isinstance(cache, LiveKeyCache) and cache.takes_step(x.shape[1]):
+            return self._step(x, layout, cache)
         q, k, v = self.project(x, layout)
         bias = self.key_bias(v)
         ranking = self.key_ranking(x, bias)
@@ -177,8 +183,6 @@ class DynamicMaskMixer(Mixer):
         past = isinstance(cache, BiasedKeyCache | LiveKeyCache) and cache.length > 0
         select, key_mask, held = self.options.selection, None, (k, v, bias, ranking)
         if isinstance(cache, LiveKeyCache):
-            # The query of a step finds the selection made; others select among the live keys and themselves.
-            select = "none" if cache.steps(q.shape[1]) else select
             held = cache.append(k, v, bias, ranking, layout.padding_mask)
         elif isinstance(cache, BiasedKeyCache):
             keys, values, key_mask, more = cache.append_with(k, v, layout.padding_mask, bias=bias, ranking=ranking)
@@ -193,22 +197,43 @@ class DynamicMaskMixer(Mixer):
             packed = (layout.pack(part) for part in (q, k, values, bias, ranking))
             return layout.unpack(self._attend(*packed, select=select, cu_seqlens=layout.sequences()))
 
-        # The slots of a live cache stand in no order that weights could be reported in.
+        # The keys of a live cache stand in no order that weights could be reported in.
         slots = past and isinstance(cache, LiveKeyCache)
         out = attend(held[1]) if slots else layout.observed(attend, held[1] if past else v)
         return self.o_proj(out.flatten(2))
 
+    def _step(self, x: Tensor, layout: SequenceLayout, cache: LiveKeyCache) -> Tensor:
+        """One token per row: the same formulas, the live keys changed in place."""
+        q, k, v = self._heads(x)
+        bias = self.key_bias(v)
+        ranking = hidden(self.key_ranking(x, bias, cache), layout.padding_mask)
+        cos, sin = self._rotation(layout)
+        keep = self.options.keep_window_size
+        backend = "torch" if torch.compiler.is_compiling() else "auto"
+        out = dynamic_mask_step(q, k, v, bias, ranking, cache.live(), keep=keep, cos=cos, sin=sin, backend=backend)
+        return self.o_proj(out.flatten(2))
+
     def project(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, T, H, K]`, keys and values `[B, T, G, K]` as the attention reads them."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.options.rope:
-            cos, sin = layout.rotary(self.head_dim, self.rope_parameters, self.max_position_embeddings)
+        q, k, v = self._heads(x)
+        cos, sin = self._rotation(layout)
+        if cos is not None and sin is not None:
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         return q, k, v
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before the rotation."""
+        counts = (self.heads, self.key_heads, self.key_heads)
+        parts = zip(projected(self, x), counts, strict=True)
+        q, k, v = (part.unflatten(-1, (count, self.head_dim)) for part, count in parts)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def _rotation(self, layout: SequenceLayout) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        if not self.options.rope:
+            return None, None
+        return layout.rotary(self.head_dim, self.rope_parameters, self.max_position_embeddings)
 
     def key_bias(self, v: Tensor) -> Tensor:
         """The bias of every key, `[B, T, M]` float32 or float64, from the values of all key-value heads."""
@@ -220,25 +245,32 @@ class DynamicMaskMixer(Mixer):
             bias = self.bias_scale.to(dtype) * softplus(logits.to(dtype))
             return bias.clamp(max=LARGEST_EXPONENT).exp() if self.options.bias_form == "exp" else bias
 
-    def key_ranking(self, x: Tensor, bias: Tensor) -> Tensor:
+    def key_ranking(self, x: Tensor, bias: Tensor, cache: LiveKeyCache | None = None) -> Tensor:
         """What the keys are ranked by, `[B, T, M]`: A·softplus(z), from the layer's input and in float64.
 
         Where two tokens are equal, so must their rankings be, since age decides between equals. The values do not grant
         that: the last bit of a matrix product depends on its shape and on the place of the row. In float64, rounded to
         float32, it does not. Where `v_proj` is more than a plain linear layer, the bias itself is the ranking.
+
+        Steps leave the product of both weights, the same for all of them, with their cache.
         """
         if not self.options.selection.startswith("topk") or self.bias_proj is None or self.bias_scale is None:
             return bias.detach()
         if not is_plain(self.v_proj, self.bias_proj):
             return bias.detach()
         with torch.no_grad(), without_autocast(x):
-            value, outer = self.v_proj, self.bias_proj.weight.double()
-            weight = outer @ value.weight.double()
-            offset = None
-            if value.bias is not None and self.bias_proj.bias is not None:
-                offset = outer @ value.bias.double() + self.bias_proj.bias.double()
-            logits = [nn.functional.linear(part.double(), weight, offset) for part in x.split(ROWS_AT_ONCE, dim=1)]
+            folded = self._folded() if cache is None else cache.once(self._folded)
+            logits = [nn.functional.linear(part.double(), *folded) for part in x.split(ROWS_AT_ONCE, dim=1)]
             return (self.bias_scale.double() * softplus(torch.cat(logits, dim=1))).float()
+
+    def _folded(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and offset, float64, that form z from the layer's input."""
+        assert self.bias_proj is not None
+        value, outer = self.v_proj, self.bias_proj.weight.double()
+        offset = None
+        if value.bias is not None and self.bias_proj.bias is not None:
+            offset = outer @ value.bias.double() + self.bias_proj.bias.double()
+        return outer @ value.weight.double(), offset
 
     def _attend_padded(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, ranking: Tensor, *, select: str, mask: Tensor
@@ -295,10 +327,10 @@ class DynamicMaskMixer(Mixer):
         options = self.options
         if options.looks_ahead:
             return 0
-        # float32 biases and rankings, and with evictions an int32 age per key.
+        # float32 biases and rankings, and with evictions an int32 age per key and the count of tokens.
         bias, key = 8 * self.bias_heads, 2 * self.key_heads * self.head_dim * dtype.itemsize
         if options.evicts:
             sharing = self.bias_heads // self.key_heads
-            return min(length, options.keep_window_size * sharing) * (key + bias + 4 * self.key_heads)
+            return min(length, options.keep_window_size * sharing) * (key + bias + 4 * self.key_heads) + 4
         kept = length if options.sliding_window is None else min(length, options.sliding_window - 1)
         return kept * (key + bias)

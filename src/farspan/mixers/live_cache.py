@@ -1,5 +1,8 @@
 """What a dynamic-mask layer keeps while text is generated: the keys that its selection can still choose."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -7,8 +10,11 @@ from torch.nn.functional import pad
 from farspan.errors import ConfigError
 from farspan.mixers.cache import KeyValueCache, LayerCache
 from farspan.ops.dynamic_mask.expiry import expiry
+from farspan.ops.dynamic_mask.step import GONE, LiveKeys
 
-GONE = float("-inf")
+Value = TypeVar("Value")
+
+SLOTTED = ("keys", "values", "biases", "rankings", "born")
 
 
 class BiasedKeyCache(KeyValueCache):
@@ -35,22 +41,52 @@ class LiveKeyCache(LayerCache):
     """The w live keys of every row and bias head: an evicted key never returns, so nothing else is ever needed.
 
     Bias heads that share a key-value head keep the union of their keys. Memory is constant from w tokens per sharing
-    bias head on. A ranking of −inf marks what a bias head has lost; `born` is the age that decides between equals.
+    bias head on. A ranking of −inf marks what a bias head has lost, and free slots; `born` is the age that decides
+    between equals, `seen` counts the tokens of each row. Pinned, it has all room at once.
 
     Args:
         keep: w.
         sharing: R, bias heads per key-value head.
     """
 
+    can_pin = True
+
     def __init__(self, keep: int, sharing: int) -> None:
         super().__init__()
         self.keep, self.sharing, self.bound = keep, sharing, keep * sharing
-        self.length = self.seen = 0
+        self.length = 0
+        self.pinned = False
+        self._kept: Any = None
+
+    def takes_step(self, tokens: int) -> bool:
+        """Whether so many new tokens are one step, which changes the memory in place: gradients cannot pass that."""
+        return tokens == 1 and self.length > 0 and not torch.is_grad_enabled()
+
+    def once(self, compute: Callable[[], Value]) -> Value:
+        """What `compute` gave at the first step; weights do not change while a text is generated."""
+        if torch.compiler.is_compiling():
+            return compute()
+        if self._kept is None:
+            self._kept = compute()
+        kept: Value = self._kept
+        return kept
+
+    def live(self) -> LiveKeys:
+        """The memory with a free slot, for one `dynamic_mask_step` to change."""
+        if not self.pinned:
+            self._make_room(self.length + 1, spare=True)
+            self.length = min(self.length + 1, self.bound)
+        return LiveKeys(**self.tensors)
+
+    def pin(self, steps: int) -> None:
+        self._make_room(self.length + steps)
+        self.length = min(self.length + steps, self.bound)
+        self.pinned = True
 
     def append(
         self, keys: Tensor, values: Tensor, bias: Tensor, ranking: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Adds new tokens, and forgets what no later query can choose.
+        """Adds any number of new tokens, and forgets what no later query can choose.
 
         Args:
             keys, values: `[B, T, G, K]` and `[B, T, G, V]`.
@@ -59,85 +95,58 @@ class LiveKeyCache(LayerCache):
 
         Returns:
             Keys, values, biases and rankings of everything that the new queries may choose from, −inf where they may
-            not: where `steps` says so already selected, else oldest first per key-value head, the new tokens last.
+            not, oldest first per key-value head, the new tokens last.
         """
-        if mask is not None:
-            ranking = ranking.masked_fill(~mask.unsqueeze(-1), GONE)
-        born = torch.arange(self.seen, self.seen + keys.shape[1], dtype=torch.int32, device=keys.device)
+        ranking = hidden(ranking, mask)
+        seen = self.tensors.get("seen")
+        if seen is None:
+            seen = torch.zeros(len(keys), dtype=torch.int32, device=keys.device)
+        born = seen[:, None] + torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)
         new = {
             "keys": keys,
             "values": values,
-            "bias": bias.unflatten(2, (-1, self.sharing)),
-            "ranking": ranking.detach().unflatten(2, (-1, self.sharing)),
-            "born": born[:, None].expand(keys.shape[:3]),
+            "biases": bias.unflatten(2, (-1, self.sharing)),
+            "rankings": ranking.detach().unflatten(2, (-1, self.sharing)),
+            "born": born.unsqueeze(-1).expand(keys.shape[:3]),
         }
-        held = self._step(new) if self.steps(keys.shape[1]) else self._extend(new)
-        self.seen += keys.shape[1]
-        bias = held["bias"].masked_fill(held["ranking"] == GONE, GONE)
-        return held["keys"], held["values"], bias.flatten(2), held["ranking"].flatten(2)
-
-    def steps(self, tokens: int) -> bool:
-        """Whether so many new tokens are one step, which changes the memory in place: gradients cannot pass that."""
-        return tokens == 1 and self.length > 0 and not torch.is_grad_enabled()
+        held = self._extend(new)
+        self.tensors["seen"] = seen + keys.shape[1]
+        bias = held["biases"].masked_fill(held["rankings"] == GONE, GONE)
+        return held["keys"], held["values"], bias.flatten(2), held["rankings"].flatten(2)
 
     def reset(self) -> None:
         super().reset()
-        self.length = self.seen = 0
+        self.length, self.pinned, self._kept = 0, False, None
 
     def _extend(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Any number of tokens: joins them, and keeps the slots of keys that have not expired at the end."""
+        """Joins old and new, and keeps the slots of keys that have not expired at the end."""
         held = new
         if self.length:
-            old = {name: x[:, : self.length] for name, x in self.tensors.items()}
+            old = {name: self.tensors[name][:, : self.length] for name in new}
             order = old["born"].argsort(dim=1)
             held = {name: torch.cat((_take(old[name], order), x), dim=1) for name, x in new.items()}
         total = held["born"].shape[1]
-        expires = expiry(held["ranking"].flatten(2), self.keep).unflatten(2, (-1, self.sharing))
-        kept = {**held, "ranking": held["ranking"].masked_fill(expires < total, GONE)}
+        expires = expiry(held["rankings"].flatten(2), self.keep).unflatten(2, (-1, self.sharing))
+        kept = {**held, "rankings": held["rankings"].masked_fill(expires < total, GONE)}
         if total > self.bound:
-            gone = ~(kept["ranking"] > GONE).any(-1)
+            gone = ~(kept["rankings"] > GONE).any(-1)
             order = gone.to(torch.int8).argsort(dim=1, stable=True)[:, : self.bound]
             kept = {name: _take(x.detach(), order) for name, x in kept.items()}
         else:
             kept = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in kept.items()}
-        self.tensors, self.length = kept, min(total, self.bound)
+        self.tensors, self.length, self.pinned = kept, min(total, self.bound), False
         return held
 
-    def _step(self, new: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One token: every bias head with more than w live keys drops its worst, of equals the oldest."""
-        used = self.length
-        ranking = torch.cat((self.tensors["ranking"][:, :used], new["ranking"]), dim=1)
-        born = torch.cat((self.tensors["born"][:, :used], new["born"]), dim=1)
-        live = ranking > GONE
-        lowest = ranking.masked_fill(~live, -GONE).amin(1, keepdim=True)
-        age = born.unsqueeze(-1).masked_fill(ranking != lowest, torch.iinfo(born.dtype).max)
-        worst = age.argmin(1, keepdim=True)
-        crowded = live.sum(1, keepdim=True) > self.keep
-        ranking.scatter_(1, worst, ranking.gather(1, worst).masked_fill(crowded, GONE))
-        new = {**new, "ranking": ranking[:, used:]}
-        self.tensors["ranking"][:, :used] = ranking[:, :used]
-        if used < self.bound:
-            self._make_room(used + 1)
-            for name, x in new.items():
-                self.tensors[name][:, used : used + 1] = x
-            self.length += 1
-        else:
-            # If the new key stays, a slot is free: of w keys per sharing bias head one has just died in every one's.
-            free = (ranking[:, :used] > GONE).any(-1).to(torch.int8).argmin(1, keepdim=True)
-            stays = (new["ranking"] > GONE).any(-1)
-            for name, x in new.items():
-                buffer = self.tensors[name]
-                slot = _spread(free, buffer)
-                buffer.scatter_(1, slot, torch.where(_spread(stays, buffer), x, buffer.gather(1, slot)))
-        return {name: x[:, : self.length] for name, x in self.tensors.items()}
-
-    def _make_room(self, slots: int) -> None:
-        """Grows the buffers by half, at most to the bound."""
+    def _make_room(self, slots: int, spare: bool = False) -> None:
+        """Grows the memory to so many free or used slots, to half as many again with `spare`; at most to the bound."""
         have = self.tensors["born"].shape[1]
-        if have < slots:
-            more = min(slots + slots // 2, self.bound) - have
-            # The channels behind the slots keep their sizes.
-            self.tensors = {name: pad(x, (0, 0) * (x.dim() - 2) + (0, more)) for name, x in self.tensors.items()}
+        if have < min(slots, self.bound):
+            more = min(slots + (slots // 2 if spare else 0), self.bound) - have
+            for name in SLOTTED:
+                x = self.tensors[name]
+                # The channels behind the slots keep their sizes.
+                free = GONE if name == "rankings" else 0
+                self.tensors[name] = pad(x, (0, 0) * (x.dim() - 2) + (0, more), value=free)
 
 
 class UnreturningCache(LayerCache):
@@ -167,6 +176,11 @@ class UnreturningCache(LayerCache):
 
     def reset(self) -> None:
         self.used = False
+
+
+def hidden(ranking: Tensor, mask: Tensor | None) -> Tensor:
+    """Rankings `[B, T, M]`, −inf at padding."""
+    return ranking if mask is None else ranking.masked_fill(~mask.unsqueeze(-1), GONE)
 
 
 def _spread(index: Tensor, like: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ is born inside it stands in the block's own tile. The gradient of queries walks 
 keys walks along the blocks of some lanes, holds 64 keys at a time, and gives a key's sum away when another takes its
 lane: every pair is met once, nothing is added atomically.
 
-A gradient of the bias is a sum of differences, d_out·v − d_out·out: what rounding takes from the output is kept beside
-it, for a sum of a thousand such differences shows it.
+A gradient of the bias is a sum of differences, d_out·v − d_out·out, and a sum of a thousand of them shows what rounding
+takes from the weights and from the output. Where that gradient is wanted, both are taken into account.
 """
 
 # mypy: ignore-errors
@@ -35,7 +35,8 @@ def _keys(k, v, bias, expires, j, mask, g, G, D: tl.constexpr, V: tl.constexpr, 
 
 
 @triton.jit
-def _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, DOT: tl.constexpr, PRECISION: tl.constexpr):
+def _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, EXACT: tl.constexpr, DOT: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
     """One tile of keys of the online softmax; scores in bits."""
     s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale + b_bias[None, :]
     s = tl.where(seen, s, float("-inf"))
@@ -44,7 +45,10 @@ def _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, DOT: tl.
     p = tl.exp2(s - finite[:, None])
     shrink = tl.exp2(top - finite)
     weight = weight * shrink + tl.sum(p, 1)
-    acc = acc * shrink[:, None] + tl.dot(p.to(DOT), b_v, input_precision=PRECISION)
+    rounded = p.to(DOT)
+    acc = acc * shrink[:, None] + tl.dot(rounded, b_v, input_precision=PRECISION)
+    if EXACT:
+        acc += tl.dot((p - rounded.to(tl.float32)).to(DOT), b_v, input_precision=PRECISION)
     return higher, weight, acc
 
 
@@ -62,9 +66,9 @@ def _group(H, G, U, B, QB: tl.constexpr):
 def attend_kernel(
     q, k, v, bias, expires, table, out, rest, lse, scale, B, T, S, H, G, U, blocks, W, first_row,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, QB: tl.constexpr,
-    BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output `[B, T, H, V]`, what its rounding took away, log-sum-exp in bits `[B, H, T]`, of QB heads of a block."""
+    """Output `[B, T, H, V]`, its rounding if `EXACT`, log-sum-exp in bits `[B, H, T]`, of QB heads of a block."""
     block = tl.program_id(0)
     batch, head, unit, g = _group(H, G, U, B, QB)
     m = tl.arange(0, QB * C)
@@ -84,19 +88,20 @@ def attend_kernel(
         j = tl.load(table + start + tl.arange(0, BN))
         b_k, b_v, b_bias, gone = _keys(k, v, bias, expires, tl.maximum(j, 0), j >= 0, g, G, D, V, BD, BV, DOT)
         seen = place[:, None] < gone[None, :]
-        top, weight, acc = _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, DOT, PRECISION)
+        top, weight, acc = _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, EXACT, DOT, PRECISION)
     j = first_row + block * C + tl.arange(0, C)
     b_k, b_v, b_bias, gone = _keys(k, v, bias, expires, j, j < S, g, G, D, V, BD, BV, DOT)
     seen = (place[:, None] < gone[None, :]) & (place[:, None] >= j[None, :])
-    top, weight, acc = _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, DOT, PRECISION)
+    top, weight, acc = _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, EXACT, DOT, PRECISION)
     empty = weight == 0.0
     acc = acc / tl.where(empty, 1.0, weight)[:, None]
     c = tl.arange(0, BV)
     place = ((batch * T + row) * H + heads)[:, None] * V + c[None, :]
     rounded = acc.to(out.dtype.element_ty)
     tl.store(out + place, rounded, mask=real[:, None] & (c < V)[None, :])
-    taken = acc - rounded.to(tl.float32)
-    tl.store(rest + place, taken.to(rest.dtype.element_ty), mask=real[:, None] & (c < V)[None, :])
+    if EXACT:
+        taken = acc - rounded.to(tl.float32)
+        tl.store(rest + place, taken.to(rest.dtype.element_ty), mask=real[:, None] & (c < V)[None, :])
     tl.store(lse + (batch * H + heads) * T + row, top + tl.log2(tl.where(empty, 1.0, weight)), mask=real)
 
 
@@ -113,7 +118,7 @@ def query_gradient_kernel(
     q, k, v, bias, expires, table, out, rest, lse, d_out, dq, delta, scale, plain_scale, B, T, S, H, G, U, blocks, W,
     first_row,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, QB: tl.constexpr,
-    BN: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta = Σ out·d_out `[B, H, T]` for the gradients of keys."""
     block = tl.program_id(0)
@@ -124,7 +129,8 @@ def query_gradient_kernel(
     b_q = _rows(q + batch * T * H * D, row, heads, real, T, H, D, BD, DOT)
     b_do = _rows(d_out + batch * T * H * V, row, heads, real, T, H, V, BV, DOT)
     b_out = _rows(out + batch * T * H * V, row, heads, real, T, H, V, BV, tl.float32)
-    b_out += _rows(rest + batch * T * H * V, row, heads, real, T, H, V, BV, tl.float32)
+    if EXACT:
+        b_out += _rows(rest + batch * T * H * V, row, heads, real, T, H, V, BV, tl.float32)
     b_delta = tl.sum(b_out * b_do.to(tl.float32), 1)
     tl.store(delta + (batch * H + heads) * T + row, b_delta, mask=real)
     b_lse = tl.load(lse + (batch * H + heads) * T + row, mask=real, other=float("inf"))

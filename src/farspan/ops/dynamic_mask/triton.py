@@ -115,7 +115,8 @@ class _Lanes(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, expires: Tensor, table: Tensor, scale: float
     ) -> Tensor:
-        out, rest, lse = attend_node(q, k, v, bias, expires, table, scale)
+        ctx.exact = ctx.needs_input_grad[3]
+        out, rest, lse = attend_node(q, k, v, bias, expires, table, scale, ctx.exact)
         ctx.save_for_backward(q, k, v, bias, expires, table, out, rest, lse)
         ctx.scale = scale
         return out
@@ -123,7 +124,7 @@ class _Lanes(torch.autograd.Function):
     @staticmethod
     @plain_backward
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = attend_gradient_node(d_out.contiguous(), *ctx.saved_tensors, ctx.scale)
+        gradients = attend_gradient_node(d_out.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.exact)
         return (*gradients, None, None, None)
 
 
@@ -157,13 +158,14 @@ class _Call:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, expires: Tensor, table: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, expires: Tensor, table: Tensor, scale: float, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call, (out, rest, lse) = _Call(q, k, v, table), _room(q, k, v)
+    call = _Call(q, k, v, table)
+    out, rest, lse = _room(q, k, v, bias, expires, table, scale, exact)
     with torch.cuda.device_of(q):
         kernels.attend_kernel[call.query_grid](
             q, k, v, bias, expires, table, out, rest, lse, scale * LOG2E, *call.sizes, *call.lanes, call.past,
-            BN=LANES, num_stages=3, **call.options,
+            BN=LANES, EXACT=exact, num_stages=3, **call.options,
         )  # fmt: skip
     return out, rest, lse
 
@@ -180,6 +182,7 @@ def _attend_gradient(
     rest: Tensor,
     lse: Tensor,
     scale: float,
+    exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call, delta, dq = _Call(q, k, v, table), torch.empty_like(lse), torch.empty_like(q)
     rows = (*k.shape[:2], call.units)
@@ -192,7 +195,7 @@ def _attend_gradient(
     with torch.cuda.device_of(q):
         kernels.query_gradient_kernel[call.query_grid](
             q, k, v, bias, expires, table, out, rest, lse, d_out, dq, delta, *scales, *call.sizes, *call.lanes,
-            call.past, BN=LANES, num_stages=2, **call.options,
+            call.past, BN=LANES, EXACT=exact, num_stages=2, **call.options,
         )  # fmt: skip
         kernels.own_gradient_kernel[(call.blocks, call.batch * call.units)](
             q,
@@ -216,9 +219,12 @@ def _attend_gradient(
     return dq, dk.to(k.dtype), dv.to(v.dtype), d_bias
 
 
-def _room(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _room(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, expires: Tensor, table: Tensor, scale: float, exact: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
-    out, rest = (v.new_empty(batch, queries, heads, v.shape[3]) for _ in range(2))
+    out = v.new_empty(batch, queries, heads, v.shape[3])
+    rest = torch.empty_like(out) if exact else v.new_empty(0)
     return out, rest, q.new_empty(batch, heads, queries, dtype=torch.float32)
 
 
@@ -244,13 +250,13 @@ plan_node = register_node(
 )
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor bias, Tensor expires, Tensor table"
 attend_node = register_node(
-    f"dynamic_mask_lanes({_INPUTS}, float scale) -> (Tensor out, Tensor rest, Tensor lse)",
+    f"dynamic_mask_lanes({_INPUTS}, float scale, bool exact) -> (Tensor out, Tensor rest, Tensor lse)",
     _attend,
     _room,
 )
 attend_gradient_node = register_node(
-    f"dynamic_mask_lanes_gradient(Tensor d_out, {_INPUTS}, Tensor out, Tensor rest, Tensor lse, float scale) "
-    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor d_bias)",
+    f"dynamic_mask_lanes_gradient(Tensor d_out, {_INPUTS}, Tensor out, Tensor rest, Tensor lse, float scale, "
+    "bool exact) -> (Tensor dq, Tensor dk, Tensor dv, Tensor d_bias)",
     _attend_gradient,
     _gradient_room,
 )
