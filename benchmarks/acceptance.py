@@ -20,6 +20,7 @@ from farspan.evaluation.op_speed import captured, ceilings, cold_first_call, int
 
 Checks = Callable[[], list[dict[str, Any]]]
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
+CONSOLE = Console(width=170)
 SMALLEST_ERROR = 1e-5  # relative errors below this are rounding of float32 sums
 FIRST_CALL = 8.0  # seconds that a first forward and backward may take where no kernel is compiled
 
@@ -57,7 +58,7 @@ def measure(row: Row) -> dict[str, Any]:
     if row.peer is not None:
         theirs = op_speed(row.peer, CASES[row.peer], row.rows, row.tokens, BF16, CUDA, repeats=5)
         found["peer"] = dataclasses.asdict(theirs)
-        ratio = found["times_peer"] = None if theirs.note else _times(row)
+        ratio = found["times_peer"] = None if theirs.note or found["note"] else _times(row)
         if row.slower is not None:
             limits.append(("times_peer", ratio, "at most", row.slower))
         if row.faster is not None:
@@ -87,7 +88,7 @@ def _times(row: Row) -> float:
 
 
 def first_calls(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The first call of every row that asks for it, four processes at a time."""
+    """The first call of every row that asks for it, two processes at a time."""
 
     def first(row: Row) -> dict[str, Any]:
         found: dict[str, Any] = {"operator": row.case, "rows": row.rows, "tokens": row.tokens}
@@ -97,7 +98,7 @@ def first_calls(rows: Sequence[Row]) -> list[dict[str, Any]]:
             return found | {"note": str(error), "limits": [_limit("first_call_s", None, "at most", FIRST_CALL)]}
         return found | {"limits": [_limit("first_call_s", seconds, "at most", FIRST_CALL)]}
 
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(2) as pool:
         return list(pool.map(first, [row for row in rows if row.cold]))
 
 
@@ -141,10 +142,11 @@ def run(out: str, about: str | None, checks: dict[str, Checks], rows: dict[str, 
     parser.add_argument("--warm", action="store_true", help="without the first calls in processes of their own")
     options = parser.parse_args()
     wanted = [row for name in options.only for row in rows[name]]
-    times = [measure(row) for row in wanted]
     first = [] if options.warm else first_calls(wanted)
+    times = [measure(row) for row in wanted]
+    show(times + first)
     found = [] if options.times else [entry for name in options.only for entry in checks.get(name, list)()]
-    show(found, times + first)
+    show_checks(found)
     report = {
         "command": " ".join(["python", *sys.argv]),
         "device": gpus()[0],
@@ -160,18 +162,20 @@ def run(out: str, about: str | None, checks: dict[str, Checks], rows: dict[str, 
     return 1 if missed or not all(check["passed"] for check in found) else 0
 
 
-def show(checks: list[dict[str, Any]], times: list[dict[str, Any]]) -> None:
-    """Prints both tables."""
-    console = Console(width=170)
-    if checks:
-        table = Table("operator", "case", "worst ratio", "kernel's largest error", "between runs", "")
-        for c in checks:
-            worst = max((e["kernel"], name) for name, e in c["errors"].items())
-            ratio = max(e["kernel"] / max(e["same_dtype"], 1e-7) for e in c["errors"].values())
-            spread = max(e["between_runs"] for e in c["errors"].values())
-            shown = (f"{ratio:.2f}", f"{worst[0]:.1e} {worst[1]}", f"{spread:.1e}", "ok" if c["passed"] else "OFF")
-            table.add_row(c["operator"], c["case"], *shown)
-        console.print(table)
+def show_checks(checks: list[dict[str, Any]]) -> None:
+    """Prints the table of errors."""
+    table = Table("operator", "case", "worst ratio", "kernel's largest error", "between runs", "")
+    for c in checks:
+        worst = max((e["kernel"], name) for name, e in c["errors"].items())
+        ratio = max(e["kernel"] / max(e["same_dtype"], 1e-7) for e in c["errors"].values())
+        spread = max(e["between_runs"] for e in c["errors"].values())
+        shown = (f"{ratio:.2f}", f"{worst[0]:.1e} {worst[1]}", f"{spread:.1e}", "ok" if c["passed"] else "OFF")
+        table.add_row(c["operator"], c["case"], *shown)
+    CONSOLE.print(table)
+
+
+def show(times: list[dict[str, Any]]) -> None:
+    """Prints the table of times."""
     columns = ("forward_ms", "both_ms", "eager_ms", "extra_gib", "launches")
     table = Table("operator", "shape", *columns, "limits", "")
     for t in times:
@@ -183,4 +187,4 @@ def show(checks: list[dict[str, Any]], times: list[dict[str, Any]]) -> None:
         ]
         met = "ok" if all(limit["met"] for limit in t["limits"]) else "MISSED"
         table.add_row(t["operator"], f"{t['rows']}x{t['tokens']}", *numbers, ", ".join(limits) + t.get("note", ""), met)
-    console.print(table)
+    CONSOLE.print(table)

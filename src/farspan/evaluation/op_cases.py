@@ -26,12 +26,12 @@ def _gated(decay: str, module: str = "farspan.ops", name: str = "gated_linear_at
         leaves |= draw("v", rows, tokens, heads, values, dtype=dtype, device=device)
         if decay != "none":
             size = (rows, tokens, heads, width) if decay == "channel" else (rows, tokens, heads)
-            leaves |= draw("logits", *size, dtype=dtype, device=device)
+            logits = draw("logits", *size, dtype=torch.float32, device=device)["logits"].detach()
+            leaves |= {"log_decay": (F.logsigmoid(logits) / 16).requires_grad_()}
         operator = getattr(importlib.import_module(module), name)
 
         def call(x: Leaves) -> Tensor:
-            gate = (F.logsigmoid(x["logits"].float()) / 16,) if decay != "none" else ()
-            out: Tensor = operator(x["q"], x["k"], x["v"], *gate)[0]
+            out: Tensor = operator(*x.values())[0]
             return out
 
         return Workload(leaves, call, 4.0 * rows * tokens * heads * width * values, 2.0)
@@ -93,14 +93,14 @@ def _softmax(width: int = 64, rope: bool = False) -> Callable[[int, int, torch.d
     """Causal softmax attention, 16 heads."""
 
     def make(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
-        from farspan.nn.positions import apply_rotary
         from farspan.ops import softmax_attention
+        from farspan.ops.rotary import rotary_pair
 
         leaves = draw("q k v", rows, tokens, 16, width, dtype=dtype, device=device)
         cos, sin = _turns(rows, tokens, width, device)
 
         def call(x: Leaves) -> Tensor:
-            q, k = (apply_rotary(x[name], cos, sin) if rope else x[name] for name in "qk")
+            q, k = rotary_pair(x["q"], x["k"], cos, sin) if rope else (x["q"], x["k"])
             return softmax_attention(q, k, x["v"], causal=True)
 
         return Workload(leaves, call, pairs(rows, tokens, 16, width), 2.5)

@@ -30,8 +30,8 @@ class OpSpeed:
         forward_ms, both_ms: median of the forward pass, and of forward and backward; None where a pass cannot run.
         eager_ms: median of forward and backward as a program calls it.
         first_call_s: the first forward and backward, compilation included.
-        extra_gib: peak of memory beyond the inputs: the output, every gradient, also that of the output,
-            and what lies between; None on a CPU.
+        extra_gib: peak of memory beyond the inputs and the output's gradient: the output, the inputs' gradients and
+            what lies between; None on a CPU.
         launches: kernels, copies and fills of forward and backward; None on a CPU.
         gigabytes_per_second: inputs and output of the forward pass, each moved once, over its time.
         teraflops_per_second: operations that the formula needs, forward and backward, over their time.
@@ -194,11 +194,9 @@ def launches(step: Step) -> int:
 
 
 def extra_memory(workload: Workload, step: Step) -> float:
-    """Peak GiB of a step beyond the workload's inputs, the output's gradient (held by the step) included."""
+    """Peak GiB of a step beyond the workload's inputs and what the step holds, the output's gradient."""
     workload.forget()
-    with torch.no_grad():
-        held = workload.call(workload.leaves).nbytes
-    before = torch.cuda.memory_allocated() - held
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
     return (torch.cuda.max_memory_allocated() - before) / 2**30
