@@ -141,6 +141,9 @@ def run(out: str, about: str | None, checks: dict[str, Checks], rows: dict[str, 
     parser.add_argument("--times", action="store_true", help="times alone")
     parser.add_argument("--warm", action="store_true", help="without the first calls in processes of their own")
     options = parser.parse_args()
+    only = [] if options.only == ours else ["--only", *options.only]
+    switches = [f"--{name}" for name in ("times", "warm") if getattr(options, name)]
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *only, *switches])
     wanted = [row for name in options.only for row in rows[name]]
     first = [] if options.warm else first_calls(wanted)
     times = [measure(row) for row in wanted]
@@ -148,7 +151,7 @@ def run(out: str, about: str | None, checks: dict[str, Checks], rows: dict[str, 
     found = [] if options.times else [entry for name in options.only for entry in checks.get(name, list)()]
     show_checks(found)
     report = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command,
         "device": gpus()[0],
         "versions": versions() | {"cudnn": torch.backends.cudnn.version()},
         "ceilings": ceilings(CUDA, BF16),
