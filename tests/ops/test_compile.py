@@ -77,6 +77,17 @@ def test_one_node_forward_and_one_backward(name: str, packed: bool) -> None:
     assert [len(nodes) for nodes in seen] == [1, 1]
 
 
+def test_packed_documents_that_look_both_ways_are_one_graph() -> None:
+    x = {name: torch.randn(1, sum(LENGTHS), 2, 6) for name in ("q", "k", "v")} | {"exponent": torch.randn(2)}
+
+    def call(**tensors: Tensor) -> tuple[Tensor, Tensor]:
+        out, _ = cosine_attention(**tensors, causal=False, cu_seqlens=boundaries(LENGTHS))
+        return out, out[:, :1]
+
+    run, _ = compiled(call)
+    assert_same(outputs_and_gradients(run, x), outputs_and_gradients(call, x), tolerances.FLOAT32)
+
+
 def test_lengths_may_vary_without_new_graphs() -> None:
     def call(**tensors: Tensor) -> Any:
         return gated_linear_attention(**tensors, output_final_state=True)

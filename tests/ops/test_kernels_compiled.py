@@ -28,11 +28,12 @@ pytestmark = pytest.mark.slow
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 SPILLED_BYTES = 512  # a stack frame of the common kernels; those for extreme chunks may need more
-INTEGERS, FLOATS = {"rows", "count", "H", "R"}, {"scale", "tau", "eps"}
+INTEGERS, FLOATS = {"rows", "count", "H", "R"}, {"scale", "tau", "eps", "low", "high"}
 TABLES = {"segments", "chunks", "offsets"}
 ALWAYS_FLOAT32 = {
     "start", "end", "lost", "added", "initial", "final", "centre", "half", "u", "du", "rstd", "d_weight", "a", "b",
-    "log_count", "log_decay", "own_scale", "parts", "x_scale", "y_scale", "w", "dw", "d_decay", "d_skip",
+    "log_count", "own_scale", "parts", "x_scale", "y_scale", "q_scale", "k_scale", "step", "total", "asked", "kept",
+    "dw", "net", "left", "skipped",
 }  # fmt: skip
 
 

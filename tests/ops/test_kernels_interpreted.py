@@ -12,6 +12,7 @@ from torch import Tensor
 
 from farspan.ops import cosine_attention
 from farspan.ops._backend import _implementations
+from farspan.ops.cosine import triton as cosine_triton
 from farspan.ops.cosine.triton import cosine_attention_triton
 from farspan.ops.gated_linear import launches as kernels
 from farspan.ops.gated_linear import plan, rows
@@ -212,3 +213,49 @@ def test_state_space_duality_of_packed_documents_without_skip_matches_reference(
     want = outputs_and_gradients(test_ssd.attend("reference", **options), x)
     got = outputs_and_gradients(test_ssd.attend("torch", **options), cast(x, torch.float32))
     assert_same(got, want, tolerances.FLOAT32)
+
+
+EXTREMES = {
+    "growing": {"a": 0.2},
+    "forgetful": {"a": -1e3},
+    "large steps": {"dt": 60.0},
+    "small steps": {"dt": -60.0},
+}
+
+
+@pytest.mark.parametrize("change", EXTREMES.values(), ids=EXTREMES)
+@pytest.mark.usefixtures("duality")
+def test_state_space_duality_with_extreme_steps_and_decays_matches_reference(change: dict[str, float]) -> None:
+    x = test_ssd.make(40, batch=1)
+    x |= {name: torch.full_like(x[name], value) for name, value in change.items()}
+    want = outputs_and_gradients(test_ssd.attend("reference"), x)
+    got = outputs_and_gradients(test_ssd.attend("torch"), cast(x, torch.float32))
+    for name in want:  # gradients of what is forgotten are differences of the outputs' terms
+        assert_close(got[name], want[name], tolerances.FLOAT32, name, largest=want["out"].abs().max())
+
+
+@pytest.mark.usefixtures("duality")
+def test_steps_that_are_given_match_reference() -> None:
+    x, options = test_ssd.make(40, batch=1), {"dt_softplus": False, "dt_limit": (0.1, 2.0)}
+    del x["dt_bias"]
+    want = outputs_and_gradients(test_ssd.attend("reference", **options), x)
+    got = outputs_and_gradients(test_ssd.attend("torch", **options), cast(x, torch.float32))
+    assert_same(got, want, tolerances.FLOAT32)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_nodes_are_registered_as_pytorch_wants_them(packed: bool) -> None:
+    # What no chunk reaches is not written, and differs from call to call: shapes alone are compared.
+    check = partial(torch.library.opcheck, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    bounds = boundaries([20, 0, 1, 34]) if packed else None
+    x = cast(test_ssd.make(55, batch=1, sequences=4 if packed else 1), torch.float32)
+    names = ("c", "b", "x", "dt", "a", "d", "dt_bias", "initial_state")
+    inputs, options = [*(x[name] for name in names), bounds], (True, 0.0, 9.0)
+    out, final, *saved = ssd_triton.duality_node(*inputs, *options)
+    check(ssd_triton.duality_node, (*inputs, *options))
+    check(ssd_triton.duality_gradient_node, (out, final, *inputs, *saved, *options))
+    q, k, v = torch.randn(3, 1, 55, 2, 6).unbind(0)
+    inputs, options = [q, k, v, torch.rand(1, 55), torch.randn(2), None, bounds], (False, 1e-6)
+    out, final, *saved = cosine_triton.cosine_node(*inputs, *options)
+    check(cosine_triton.cosine_node, (*inputs, *options))
+    check(cosine_triton.cosine_gradient_node, (out, final, *inputs, *saved, *options))

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from farspan.ops import varlen
 from farspan.ops._contract import compute_dtype
+from farspan.ops.bidirectional import both_ways
 from farspan.ops.cosine.reference import Call
 from farspan.ops.gated_linear.torch import gated_linear_attention_chunked, gated_linear_attention_recurrent
 
@@ -38,6 +39,13 @@ def attend(
     values = v.to(dtype)
     if call.cu_seqlens is None:
         return _all_pairs(queries, keys, values).to(v.dtype), None
+    if q.is_cuda or torch.compiler.is_compiling():  # few launches; and no shape that depends on a boundary
+
+        def looking_back(*tensors: Tensor) -> Tensor:
+            return mix(*tensors, None, scale=1.0, initial_state=None, cu_seqlens=call.cu_seqlens)[0]
+
+        itself = (queries * keys).sum(-1, keepdim=True) * values  # both directions count it
+        return (both_ways(looking_back, queries, keys, values, cu_seqlens=call.cu_seqlens) - itself).to(v.dtype), None
     documents = [_all_pairs(*(x[:, a:b] for x in (queries, keys, values))) for a, b in varlen.spans(call.cu_seqlens)]
     return (torch.cat(documents, dim=1) if documents else values).to(v.dtype), None
 

@@ -5,7 +5,7 @@ With unit vectors q and k, weights f and w of queries and keys, and do the gradi
     o_t  = f_t sum_{s<=t} (q_t . k_s) w_s v_s         dq_t = f_t sum_{s<=t} (do_t . v_s) w_s k_s
     dk_s = w_s sum_{t>=s} (v_s . do_t) f_t q_t        dv_s = w_s sum_{t>=s} (k_s . q_t) f_t do_t
 
-so nothing but the inverse norms is kept beside the inputs.
+so nothing but the inverse norms, and the states in front of the segments, is kept beside the inputs.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from farspan.ops._library import register_node
 from farspan.ops.cosine.reference import Call
 from farspan.ops.cosine.torch import attend
 from farspan.ops.gated_linear import rows
-from farspan.ops.gated_linear.plan import Plan, cut, plan_chunks
+from farspan.ops.gated_linear.plan import Plan, cut, most_segments, plan_chunks
 from farspan.ops.gated_linear.rows import Walk
 from farspan.ops.gated_linear.triton import gated_linear_attention_triton
 
@@ -105,10 +105,11 @@ def _run(
     eps: float,
     results: tuple[Tensor, ...],
 ) -> None:
-    out, final, *scales = results
-    walk = Walk(q, k, v, None, None, _factor(exponent, by_query), log_count, exponent, eps=eps, unit=True)
-    start = walk.between(plan, initial, final)
-    walk.run(plan, out, start, final, scales=(scales[0], scales[1]))
+    out, final, q_scale, k_scale, entering = results
+    factor = _factor(exponent, by_query)
+    walk = Walk(q, k, v, factor=factor, log_count=log_count, exponent=exponent, eps=eps, unit=True)
+    start = walk.between(plan, initial, final, entering=entering)
+    walk.run(plan, out, start, final, scales=(q_scale, k_scale))
 
 
 def _results(
@@ -124,8 +125,9 @@ def _results(
 ) -> tuple[Tensor, ...]:
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = q.new_empty(sequences, *q.shape[2:], v.shape[-1], dtype=torch.float32)
-    scales = (q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(2))
-    return torch.empty_like(v), state, *scales
+    q_scale, k_scale = (state.new_empty(q.shape[:3]) for _ in range(2))
+    segments = most_segments(q.shape[1], q.shape[0], cu_seqlens, rows.CHUNK)
+    return torch.empty_like(v), state, q_scale, k_scale, state.new_empty(segments, *state.shape[1:])
 
 
 def _backward(
@@ -140,11 +142,12 @@ def _backward(
     cu_seqlens: Tensor | None,
     q_scale: Tensor,
     k_scale: Tensor,
+    entering: Tensor,
     by_query: bool,
     eps: float,
 ) -> tuple[Tensor, ...]:
     saved = q, k, v, log_count, exponent, initial
-    results = _gradients(d_out, d_final, *saved, cu_seqlens, q_scale, k_scale, by_query, eps)
+    results = _gradients(d_out, d_final, *saved, cu_seqlens, q_scale, k_scale, entering, by_query, eps)
     if v.numel() == 0:
         for gradient in results:
             gradient.zero_()
@@ -154,7 +157,9 @@ def _backward(
     d_out = torch.zeros_like(v) if d_out is None else d_out.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
     with torch.cuda.device_of(q):
-        _run_backward(_plan(q, v, cu_seqlens), d_out, d_final, *saved, q_scale, k_scale, by_query, eps, results)
+        _run_backward(
+            _plan(q, v, cu_seqlens), d_out, d_final, *saved, q_scale, k_scale, entering, by_query, eps, results
+        )
     return results
 
 
@@ -170,6 +175,7 @@ def _run_backward(
     initial: Tensor | None,
     q_scale: Tensor,
     k_scale: Tensor,
+    entering: Tensor,
     by_query: bool,
     eps: float,
     results: tuple[Tensor, ...],
@@ -180,7 +186,7 @@ def _run_backward(
     mirrored = 3 - factor if factor else 0
     shared: dict[str, Any] = {"log_count": log_count, "exponent": exponent, "eps": eps}
     parts = torch.empty((plan.segments.shape[0], q.shape[2]), dtype=torch.float32, device=q.device)
-    start = Walk(q, k, v, b=k_scale, factor=0 if by_query else factor, **shared).between(plan, initial, None)
+    start = initial if plan.whole else entering
     walk = Walk(d_out, v, k, b=k_scale, factor=factor, own=q, own_scale=q_scale, **shared)
     walk.run(plan, dq, start, turned=True, parts=parts)
     walk = Walk(k, q, d_out, a=k_scale, b=q_scale, factor=mirrored, **shared)
@@ -204,10 +210,11 @@ def _gradients(
     cu_seqlens: Tensor | None,
     q_scale: Tensor,
     k_scale: Tensor,
+    entering: Tensor,
     by_query: bool,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    _, d_initial, _, _ = _results(q, k, v, log_count, exponent, initial, cu_seqlens, by_query, eps)
+    _, d_initial, *_ = _results(q, k, v, log_count, exponent, initial, cu_seqlens, by_query, eps)
     d_exponent = q.new_empty(0 if exponent is None else q.shape[2], dtype=torch.float32)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_exponent, d_initial
 
@@ -253,14 +260,15 @@ def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_count, Tensor? exponent, Tensor? initial, Tensor? cu_seqlens"
+_SAVED = "Tensor q_scale, Tensor k_scale, Tensor entering"
 _FORM = "bool by_query, float eps"
 cosine_node = register_node(
-    f"cosine_kernels({_INPUTS}, {_FORM}) -> (Tensor out, Tensor final, Tensor q_scale, Tensor k_scale)",
+    f"cosine_kernels({_INPUTS}, {_FORM}) -> (Tensor out, Tensor final, {_SAVED})",
     _forward,
     _results,
 )
 cosine_gradient_node = register_node(
-    f"cosine_kernels_gradient(Tensor? d_out, Tensor? d_final, {_INPUTS}, Tensor q_scale, Tensor k_scale, {_FORM}) -> "
+    f"cosine_kernels_gradient(Tensor? d_out, Tensor? d_final, {_INPUTS}, {_SAVED}, {_FORM}) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor d_exponent, Tensor d_initial)",
     _backward,
     _gradients,

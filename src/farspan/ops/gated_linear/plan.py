@@ -62,6 +62,11 @@ def most_chunks(length: int, batch: int, cu_seqlens: Tensor | None, chunk: int) 
     return batch * whole if cu_seqlens is None else whole + cu_seqlens.shape[0] - 1
 
 
+def most_segments(length: int, batch: int, cu_seqlens: Tensor | None, chunk: int) -> int:
+    """How many segments there are at most, told likewise."""
+    return most_chunks(length, batch, cu_seqlens, SEGMENT[0] * chunk)
+
+
 @functools.lru_cache(maxsize=64)
 def _dense(batch: int, length: int, segment: int, chunk: int, device: torch.device) -> Plan:
     return cut([(row * length, (row + 1) * length) for row in range(batch)], segment, chunk, device)

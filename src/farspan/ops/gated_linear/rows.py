@@ -27,16 +27,14 @@ class Walk(NamedTuple):
     """The tensors of a walk.
 
     Attributes:
-        x: queries, `[B, T, G, X]`.
-        y: keys, `[B, T, G, X]`; each of the G is shared by H / G heads.
+        x: queries, `[B, T, H, X]`.
+        y: keys, `[B, T, H, X]`.
         z: values, `[B, T, H, Z]`.
         a: row scale of the result, `[B, T, H]` float32, or None.
         b: row scale of the values, likewise.
         factor: 1 multiplies a by `exp(-sigmoid(exponent) log_count)`, 2 b, 0 neither.
         log_count: `[B, T]` float32, or None.
         exponent: `[H]`, or None.
-        log_decay: `[B, T, H]` or None.
-        skip: `[H]` or None: what of z itself is added to the result.
         own: `[B, T, H, Z]` or None: the result is the gradient of its direction, and is turned into its own.
         own_scale: the inverse norms of `own`, `[B, T, H]`.
         eps: least norm; with `unit`, x and y count by their directions.
@@ -51,31 +49,38 @@ class Walk(NamedTuple):
     factor: int = 0
     log_count: Tensor | None = None
     exponent: Tensor | None = None
-    log_decay: Tensor | None = None
-    skip: Tensor | None = None
     own: Tensor | None = None
     own_scale: Tensor | None = None
     eps: float = 0.0
     unit: bool = False
 
-    def between(self, plan: Plan, start: Tensor | None, end: Tensor | None, *, reverse: bool = False) -> Tensor | None:
+    def between(
+        self,
+        plan: Plan,
+        start: Tensor | None,
+        end: Tensor,
+        *,
+        reverse: bool = False,
+        entering: Tensor | None = None,
+    ) -> Tensor | None:
         """The state in front of each segment, `[segments, H, X, Z]`.
 
         Args:
             plan: where segments and chunks lie.
             start: the state in front of each sequence, `[num_seqs, H, X, Z]`, or None for zeros.
-            end: receives the state after each sequence, or None. Where every sequence is one segment, it is left to
-                `run`, and `start` is returned.
+            end: receives the state after each sequence. Where every sequence is one segment, it is left to `run`, and
+                `start` is returned.
             reverse: whether to walk from the end.
+            entering: room for the result, at least as many segments; None makes its own.
         """
         if plan.whole:
             return start
         heads, width, values = self.z.shape[2], self.x.shape[3], self.z.shape[3]
         shape = (plan.segments.shape[0], heads, width, values)
-        added, entering = (self.z.new_empty(shape, dtype=torch.float32) for _ in range(2))
+        added = self.z.new_empty(shape, dtype=torch.float32)
+        entering = torch.empty_like(added) if entering is None else entering
         lost, sequences = added.new_empty(shape[:3]), plan.offsets.shape[0] - 1
         self._launch(plan, None, None, added, lost, reverse=reverse)
-        end = added.new_empty(sequences, *shape[1:]) if end is None else end
         launch(
             scan_kernel,
             (sequences, heads, -(-width * values // 256)),
@@ -88,13 +93,12 @@ class Walk(NamedTuple):
     def run(
         self,
         plan: Plan,
-        out: Tensor | None,
+        out: Tensor,
         start: Tensor | None,
         end: Tensor | None = None,
         *,
         turned: bool = False,
         reverse: bool = False,
-        states: Tensor | None = None,
         parts: Tensor | None = None,
         scales: tuple[Tensor, Tensor] | None = None,
     ) -> None:
@@ -102,18 +106,17 @@ class Walk(NamedTuple):
 
         Args:
             plan: where segments and chunks lie.
-            out: receives the result, `[B, T, H, Z]`; None when only states are wanted.
+            out: receives the result, `[B, T, H, Z]`.
             start: the state in front of each segment, from `between`, or None for zeros.
             end: receives the state after each sequence where every sequence is one segment; None where it is not asked
                 for.
             turned: whether `start` comes from a walk with x and z in each other's place.
             reverse: whether to walk from the end.
-            states: receives the state in front of each chunk, `[chunks, H, X, Z]`, or None.
             parts: receives the parts of the exponent's gradient, `[segments, H]` float32.
             scales: receive the inverse norms of x and y.
         """
         end = end if plan.whole else None
-        self._launch(plan, out, start, end, None, turned, states, parts, scales, reverse=reverse)
+        self._launch(plan, out, start, end, None, turned, parts, scales, reverse=reverse)
 
     def _launch(
         self,
@@ -123,7 +126,6 @@ class Walk(NamedTuple):
         end: Tensor | None,
         lost: Tensor | None,
         turned: bool = False,
-        states: Tensor | None = None,
         parts: Tensor | None = None,
         scales: tuple[Tensor, Tensor] | None = None,
         *,
@@ -131,15 +133,13 @@ class Walk(NamedTuple):
     ) -> None:
         constants = _constants(
             self.x.dtype, self.x.shape[3], self.z.shape[3], CHUNK,
-            self.log_decay is not None, self.unit, self.a is not None, self.b is not None, self.factor,
-            self.skip is not None,
-            self.own is not None and out is not None, reverse, start is not None, turned, out is not None,
-            states is not None, end is not None, lost is not None, scales is not None,
+            self.unit, self.a is not None, self.b is not None, self.factor, self.own is not None and out is not None,
+            reverse, start is not None, turned, out is not None, end is not None, lost is not None, scales is not None,
         )  # fmt: skip
         spare, heads = self.z, self.z.shape[2]
         given = [
-            self.x, self.y, self.z, self.a, self.b, self.log_count, self.exponent, self.log_decay,
-            self.skip, self.own, self.own_scale, start, end, lost, states, out, parts, *(scales or (None, None)),
+            self.x, self.y, self.z, self.a, self.b, self.log_count, self.exponent, self.own, self.own_scale, start, end,
+            lost, out, parts, *(scales or (None, None)),
         ]  # fmt: skip
         arguments = [spare if tensor is None else tensor for tensor in given]
         arguments += [plan.segments]
@@ -147,7 +147,7 @@ class Walk(NamedTuple):
         launch(
             walk_kernel,
             grid,
-            (*arguments, self.eps, heads, heads // self.x.shape[2]),
+            (*arguments, self.eps, heads),
             constants,
             WARPS,
             constants["STAGES"],
@@ -157,8 +157,8 @@ class Walk(NamedTuple):
 @functools.cache
 def _constants(dtype: torch.dtype, width: int, values: int, chunk: int, *switches: int) -> Constants:
     names = (
-        "DECAY", "UNIT", "A", "B", "FACTOR", "HAS_SKIP", "JACOBIAN", "REVERSE", "HAS_START", "TURNED", "STORE_OUT",
-        "STORE_STATES", "STORE_END", "STORE_LOST", "STORE_SCALES",
+        "UNIT", "A", "B", "FACTOR", "JACOBIAN", "REVERSE", "HAS_START", "TURNED", "STORE_OUT", "STORE_END",
+        "STORE_LOST", "STORE_SCALES",
     )  # fmt: skip
     named = dict(zip(names, switches, strict=True))
     columns = padded(values) if named["JACOBIAN"] else NARROWEST

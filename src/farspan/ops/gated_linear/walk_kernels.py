@@ -1,21 +1,26 @@
-"""Triton kernel of linear attention whose decay, if any, is one number per head and token: a walk over a segment.
+"""Triton kernel of linear attention without decay: a walk over a segment.
 
-With x the queries, y the keys and z the values of one head, row scales a and b, and G the inclusive sum of log decays
-inside a chunk of BT rows,
+With x the queries, y the keys and z the values of one head, and row scales a and b,
 
-    out_t = a_t (sum_{s <= t} e^(G_t - G_s) (x_t . y_s) b_s z_s + e^(G_t) x_t S)
-    S_next = e^(G_last) S + sum_s e^(G_last - G_s) y_s^T b_s z_s
+    out_t = a_t (sum_{s <= t} (x_t . y_s) b_s z_s + x_t S),    S_next = S + sum_s y_s^T b_s z_s
 
 and the mirror image in reverse. Outputs and all gradients of cosine attention are such walks, with other tensors in
-the places of x, y and z; its unit vectors are row scales. Rows are scaled, never matrices of K columns, and every
-exponent is <= 0. Conventions and names are those of `kernels`.
+the places of x, y and z; its unit vectors are row scales. Rows are scaled, never matrices of K columns. Conventions and
+names are those of `kernels`.
 """
 
 # mypy: ignore-errors
 import triton
 import triton.language as tl
 
-from farspan.ops.gated_linear.kernels import INTEGERS, LOG_ZERO, exp
+from farspan.ops.gated_linear.kernels import INTEGERS, exp
+
+
+@triton.jit
+def tile_mask(m_rows, m_columns, SIZE: tl.constexpr):
+    """Mask of a tile; columns are asked only where they do not fill their block of a power of 2."""
+    full: tl.constexpr = m_columns.shape[0] == SIZE
+    return m_rows[:, None] if full else m_rows[:, None] & m_columns[None, :]
 
 
 @triton.jit
@@ -24,60 +29,51 @@ def _inverse_norm(b_x, eps):
     return 1 / tl.maximum(tl.sqrt(tl.sum(b_x * b_x, axis=1)), eps)
 
 
-@triton.jit(do_not_specialize=(*INTEGERS, "R"))
+@triton.jit(do_not_specialize=INTEGERS)
 def walk_kernel(
-    x, y, z, a, b, log_count, exponent, log_decay, skip, own, own_scale, start, end, lost, states, out, parts, x_scale,
-    y_scale, segments, eps, H, R,
+    x, y, z, a, b, log_count, exponent, own, own_scale, start, end, lost, out, parts, x_scale, y_scale, segments, eps,
+    H,
     X: tl.constexpr, Z: tl.constexpr, BT: tl.constexpr, BX: tl.constexpr, BZ: tl.constexpr,
-    DECAY: tl.constexpr, UNIT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, FACTOR: tl.constexpr,
-    HAS_SKIP: tl.constexpr, JACOBIAN: tl.constexpr, REVERSE: tl.constexpr, HAS_START: tl.constexpr,
-    TURNED: tl.constexpr, STORE_OUT: tl.constexpr, STORE_STATES: tl.constexpr, STORE_END: tl.constexpr,
-    STORE_LOST: tl.constexpr, STORE_SCALES: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, FACTOR: tl.constexpr, JACOBIAN: tl.constexpr,
+    REVERSE: tl.constexpr, HAS_START: tl.constexpr, TURNED: tl.constexpr, STORE_OUT: tl.constexpr,
+    STORE_END: tl.constexpr, STORE_LOST: tl.constexpr, STORE_SCALES: tl.constexpr, STAGES: tl.constexpr,
+    FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walks a segment of one head; R heads share x and y.
+    """Walks a segment of one head.
 
     `UNIT` takes x and y as directions, and stores the inverse norms. `JACOBIAN` takes the result as the gradient of a
     direction, and gives that of `own`, the vector itself. `FACTOR` multiplies a (1) or b (2) by
     `e^(-sigmoid(exponent) log_count)`; where it is a, the Jacobian gives each segment's part of the exponent's
-    gradient. `TURNED`
-    reads the state where the segment starts as its transpose.
+    gradient. `TURNED` reads the state where the segment starts as its transpose.
     """
     i_s, i_h, i_z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, last, chunk = tl.load(segments + 3 * i_s), tl.load(segments + 3 * i_s + 1), tl.load(segments + 3 * i_s + 2)
+    first, last = tl.load(segments + 3 * i_s), tl.load(segments + 3 * i_s + 1)
     count = tl.cdiv(last - first, BT)
     o_x, o_z, o_t = tl.arange(0, BX), i_z * BZ + tl.arange(0, BZ), tl.arange(0, BT)
     m_x, m_z = o_x < X, o_z < Z
     m_s = m_x[:, None] & m_z[None, :]
     o_s = o_x[:, None] * Z + o_z[None, :]
     place_s = (i_s.to(tl.int64) * H + i_h) * (X * Z)
-    groups = H // R
+    o_tx, o_tz = o_t[:, None] * (H * X) + o_x[None, :], o_t[:, None] * (H * Z) + o_z[None, :]
     b_s = tl.zeros([BX, BZ], tl.float32)
     if HAS_START:
         if TURNED:
             b_s += tl.load(start + place_s + o_x[:, None] + o_z[None, :] * X, mask=m_s, other=0.0).to(tl.float32)
         else:
             b_s += tl.load(start + place_s + o_s, mask=m_s, other=0.0).to(tl.float32)
-    b_skip = 0.0
-    if HAS_SKIP:
-        b_skip = tl.load(skip + i_h).to(tl.float32)
     if REVERSE:
         sees = o_t[:, None] <= o_t[None, :]
     else:
         sees = o_t[:, None] >= o_t[None, :]
-    b_lost, b_part, b_power = 0.0, 0.0, 0.0
+    b_part, b_power = 0.0, 0.0
     if FACTOR != 0:
         b_power = tl.sigmoid(tl.load(exponent + i_h).to(tl.float32))
     for i in tl.range(0, count, num_stages=STAGES):
-        i_c = count - 1 - i if REVERSE else i
-        t = first + i_c * BT
+        t = first + (count - 1 - i if REVERSE else i) * BT
         m_t = (t + o_t) < last
         row = t.to(tl.int64) * H + i_h
-        row_x = (t.to(tl.int64) * groups + i_h // R) * X
-        m_tx, m_tz = m_t[:, None] & m_x[None, :], m_t[:, None] & m_z[None, :]
-        o_tx = o_t[:, None] * (groups * X) + o_x[None, :]
-        o_tz = o_t[:, None] * (H * Z) + o_z[None, :]
-        b_y = tl.load(y + row_x + o_tx, mask=m_tx, other=0.0)
+        m_tx, m_tz = tile_mask(m_t, m_x, X), tile_mask(m_t, m_z, Z)
+        b_y = tl.load(y + row * X + o_tx, mask=m_tx, other=0.0)
         b_z = tl.load(z + row * Z + o_tz, mask=m_tz, other=0.0)
         b_a, b_b = tl.full([BT], 1.0, tl.float32), tl.full([BT], 1.0, tl.float32)
         if A:
@@ -95,16 +91,8 @@ def walk_kernel(
             b_ry = _inverse_norm(b_y, eps)
             b_b *= b_ry
         b_zb = b_z.to(tl.float32) * b_b[:, None]
-        if DECAY:
-            b_g = tl.maximum(tl.load(log_decay + row + o_t * H, mask=m_t, other=0.0), LOG_ZERO)
-            b_total = tl.cumsum(b_g, axis=0)
-            b_all = tl.sum(b_g, axis=0)
-            b_lost += b_all
-        if STORE_STATES:
-            p_states = states + ((chunk + i_c).to(tl.int64) * H + i_h) * (X * Z) + o_s
-            tl.store(p_states, b_s.to(states.dtype.element_ty), mask=m_s)
         if STORE_OUT:
-            b_x = tl.load(x + row_x + o_tx, mask=m_tx, other=0.0)
+            b_x = tl.load(x + row * X + o_tx, mask=m_tx, other=0.0)
             if UNIT:
                 b_rx = _inverse_norm(b_x, eps)
                 b_a *= b_rx
@@ -113,16 +101,10 @@ def walk_kernel(
                     tl.store(y_scale + row + o_t * H, b_ry, mask=m_t)
             b_xy = tl.dot(b_x.to(DOT), tl.trans(b_y).to(DOT), input_precision=PRECISION)
             b_o = tl.dot(b_x.to(DOT), b_s.to(DOT), input_precision=PRECISION)
-            if DECAY:
-                b_gap = b_total[:, None] - b_total[None, :]
-                b_xy *= exp(tl.where(sees, -b_gap if REVERSE else b_gap, 0.0), FAST)
-                b_o *= exp(b_all - b_total if REVERSE else b_total, FAST)[:, None]
             b_xy = tl.where(sees, b_xy, 0.0)
             if not JACOBIAN:
                 b_xy, b_o = b_xy * b_a[:, None], b_o * b_a[:, None]
             b_o = tl.dot(b_xy.to(DOT), b_zb.to(DOT), b_o, input_precision=PRECISION)
-            if HAS_SKIP:
-                b_o += b_skip * b_z.to(tl.float32)
             if JACOBIAN:
                 b_r = tl.load(own_scale + row + o_t * H, mask=m_t, other=0.0)
                 b_n = tl.load(own + row * Z + o_tz, mask=m_tz, other=0.0).to(tl.float32) * b_r[:, None]
@@ -132,9 +114,6 @@ def walk_kernel(
                 b_dot = tl.where(b_r * eps < 1, b_dot, 0.0)
                 b_o = (b_o - b_n * b_dot[:, None]) * (b_a * b_r)[:, None]
             tl.store(out + row * Z + o_tz, b_o.to(out.dtype.element_ty), mask=m_tz)
-        if DECAY:
-            b_zb *= exp(b_total if REVERSE else b_all - b_total, FAST)[:, None]
-            b_s *= exp(b_all, FAST)
         b_s = tl.dot(tl.trans(b_y).to(DOT), b_zb.to(DOT), b_s, input_precision=PRECISION)
     if JACOBIAN and FACTOR == 1:
         tl.store(parts + i_s * H + i_h, b_part * (b_power - b_power * b_power))
@@ -142,4 +121,4 @@ def walk_kernel(
         tl.store(end + place_s + o_s, b_s, mask=m_s)
     if STORE_LOST:
         o_lost = (i_s.to(tl.int64) * H + i_h) * X + o_x
-        tl.store(lost + o_lost, tl.zeros([BX], tl.float32) + b_lost, mask=m_x)
+        tl.store(lost + o_lost, tl.zeros([BX], tl.float32), mask=m_x)

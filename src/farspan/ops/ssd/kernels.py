@@ -1,46 +1,127 @@
-"""Triton kernels of state space duality: one program per chunk and group of heads.
+"""Triton kernels of state space duality, forward: steps and decays, a walk for the states, outputs by chunks.
 
-A program goes through the heads of its group. What they share, the products of queries c and keys b, is formed once,
-and the gradient of c or b is summed in registers. With G the inclusive sum of log decays in the chunk, w the weights of
-the values x, L_ts = e^(G_t - G_s) for s <= t, S the state entering the chunk and dS the gradient of the one leaving it,
+A program for outputs or gradients goes through the heads of one chunk and group. What they share, the products of
+queries c and keys b, is formed once. With w the step sizes, G the inclusive sum of log decays in the chunk,
+L_ts = e^(G_t - G_s) for s <= t, S the state entering the chunk and dS the gradient of the one leaving it,
 
     y_t  = sum_s L_ts (c_t . b_s) w_s x_s + e^(G_t) c_t S + d x_t
-    dc_t = sum_s L_ts (dy_t . x_s) w_s b_s + e^(G_t) dy_t S^T
-    db_s = w_s (sum_t L_ts (x_s . dy_t) c_t + e^(G_last - G_s) x_s dS^T)
-    dx_s = w_s dx'_s + d dy_s,    dx'_s = sum_t L_ts (b_s . c_t) dy_t + e^(G_last - G_s) b_s dS,    dw_s = x_s . dx'_s
-    dg_t = sum_{s >= t} (c_s . dc_s - b_s . db_s) + <S_next, dS>    (c . dc and b . db of the head alone)
+    S_next = e^(G_last) S + sum_s e^(G_last - G_s) w_s b_s^T x_s
 
-dc and db are one kernel, which `LATER` turns round. Conventions and names are those of `gated_linear.kernels`.
+`gradient_kernels` has the other direction. Step sizes and sums are kept as `[H, rows]` in float32, the sums in units of
+ln 2, so that a head reads neighbours and a power of 2 gives the decay. Other conventions are those of
+`gated_linear.kernels`.
 """
 
 # mypy: ignore-errors
 import triton
 import triton.language as tl
 
-from farspan.ops.gated_linear.kernels import INTEGERS, LOG_ZERO, exp
+from farspan.ops.gated_linear.kernels import INTEGERS, LN2, LOG2E, LOG_ZERO
+from farspan.ops.gated_linear.walk_kernels import tile_mask
+
+UNSPECIALISED = (*INTEGERS, "R")
 
 
 @triton.jit
-def _decays(log_decay, row, o_t, m_t, H):
-    b_g = tl.maximum(tl.load(log_decay + row + o_t * H, mask=m_t, other=0.0), LOG_ZERO)
-    return tl.cumsum(b_g, axis=0), tl.sum(b_g, axis=0)
+def softplus(x):
+    """`ln(1 + e^x)`; the series keeps what 1 + e^-|x| would round away."""
+    b_e = tl.exp(-tl.abs(x))
+    return tl.maximum(x, 0.0) + tl.where(b_e < 0.01, b_e * (1 - b_e * (0.5 - b_e * (1.0 / 3))), tl.log(1 + b_e))
 
 
 @triton.jit
-def _between(b_total, o_t, LATER: tl.constexpr, FAST: tl.constexpr):
-    """What has been lost from the earlier to the later of each pair of rows, and 0 where the column is not asked."""
-    if LATER:
-        sees, b_gap = o_t[:, None] <= o_t[None, :], b_total[None, :] - b_total[:, None]
-    else:
-        sees, b_gap = o_t[:, None] >= o_t[None, :], b_total[:, None] - b_total[None, :]
-    return tl.where(sees, exp(tl.where(sees, b_gap, 0.0), FAST), 0.0)
+def decays(total, place, o_t, m_t, t, last, BT: tl.constexpr):
+    """The sums of a chunk, constant behind its last row, and the sum of all."""
+    b_all = tl.load(total + place + tl.minimum(BT, last - t) - 1)
+    return tl.where(m_t, tl.load(total + place + o_t, mask=m_t, other=0.0), b_all), b_all
 
 
-@triton.jit(do_not_specialize=(*INTEGERS, "R"))
+@triton.jit
+def between(b_total, b_all, LATER: tl.constexpr):
+    """What has been lost from the earlier to the later of each pair of rows, and something finite for the others."""
+    b_gap = b_total[None, :] - b_total[:, None] if LATER else b_total[:, None] - b_total[None, :]
+    return tl.exp2(tl.minimum(b_gap, tl.where(b_all > 0, float("inf"), 0.0)))
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def prepare_kernel(
+    dt, a, bias, step, total, chunks, low, high, H, rows,
+    BT: tl.constexpr, BH: tl.constexpr, BIASED: tl.constexpr, SOFTPLUS: tl.constexpr,
+):  # fmt: skip
+    """Step sizes, and sums of log decays, of one chunk and block of heads."""
+    i_c, o_h, o_t = tl.program_id(0), tl.program_id(1) * BH + tl.arange(0, BH), tl.arange(0, BT)
+    t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
+    m_h, m = o_h < H, ((t + o_t) < last)[:, None] & (o_h < H)[None, :]
+    b_step = tl.load(dt + t.to(tl.int64) * H + o_t[:, None] * H + o_h[None, :], mask=m, other=0.0).to(tl.float32)
+    if BIASED:
+        b_step += tl.load(bias + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :]
+    if SOFTPLUS:
+        b_step = softplus(b_step)
+    b_step = tl.minimum(tl.maximum(b_step, low), high)
+    b_g = tl.maximum(b_step * tl.load(a + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :], LOG_ZERO)
+    b_total = tl.cumsum(tl.where(m, b_g * LOG2E, 0.0), axis=0)
+    place = o_h.to(tl.int64)[None, :] * rows + (t + o_t)[:, None]
+    tl.store(step + place, b_step, mask=m)
+    tl.store(total + place, b_total, mask=m)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
+def state_kernel(
+    k, v, step, total, start, end, lost, states, entering, kept, segments, H, R, rows,
+    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_START: tl.constexpr, STORE_STATES: tl.constexpr, STORE_END: tl.constexpr, STORE_LOST: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Walks a segment of one head: forward for the states, in reverse with queries and dy for their gradients.
+
+    In reverse it gives each chunk's product of the state that enters it, decayed by all of it, and dS.
+    """
+    i_s, i_h, i_v = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first, end_t, chunk = tl.load(segments + 3 * i_s), tl.load(segments + 3 * i_s + 1), tl.load(segments + 3 * i_s + 2)
+    count = tl.cdiv(end_t - first, BT)
+    o_k, o_v, o_t = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, BT)
+    m_k, m_v = o_k < K, o_v < V
+    groups, own = H // R, (i_s.to(tl.int64) * H + i_h) * (K * V)
+    o_s, m_s = o_k[:, None] * V + o_v[None, :], m_k[:, None] & m_v[None, :]
+    o_x, o_y = o_t[:, None] * (groups * K) + o_k[None, :], o_t[:, None] * (H * V) + o_v[None, :]
+    b_s, b_lost = tl.zeros([BK, BV], tl.float32), 0.0
+    if HAS_START:
+        b_s += tl.load(start + own + o_s, mask=m_s, other=0.0).to(tl.float32)
+    for i in tl.range(0, count, num_stages=STAGES):
+        i_c = count - 1 - i if REVERSE else i
+        t = first + i_c * BT
+        m_t = (t + o_t) < end_t
+        place_x, place_y = (t.to(tl.int64) * groups + i_h // R) * K, (t.to(tl.int64) * H + i_h) * V
+        b_k = tl.load(k + place_x + o_x, mask=tile_mask(m_t, m_k, K), other=0.0)
+        b_v = tl.load(v + place_y + o_y, mask=tile_mask(m_t, m_v, V), other=0.0)
+        place = i_h.to(tl.int64) * rows + t
+        b_total, b_all = decays(total, place, o_t, m_t, t, end_t, BT)
+        if REVERSE:
+            b_w = tl.exp2(b_total)
+        else:
+            b_w = tl.exp2(b_all - b_total) * tl.load(step + place + o_t, mask=m_t, other=0.0)
+        b_lost += b_all
+        if STORE_STATES:
+            place_s = ((chunk + i_c).to(tl.int64) * H + i_h) * (K * V)
+            tl.store(states + place_s + o_s, b_s.to(states.dtype.element_ty), mask=m_s)
+            if REVERSE:
+                b_now = tl.load(entering + place_s + o_s, mask=m_s, other=0.0).to(tl.float32)
+                b_kept = tl.sum(tl.sum(b_now * b_s, axis=1), axis=0) * tl.exp2(b_all)
+                tl.store(kept + ((chunk + i_c) * H + i_h) * tl.num_programs(2) + i_v, b_kept)
+        b_vw = (b_v.to(tl.float32) * b_w[:, None]).to(DOT)
+        b_s = tl.dot(tl.trans(b_k).to(DOT), b_vw, b_s * tl.exp2(b_all), input_precision=PRECISION)
+    if STORE_END:
+        tl.store(end + own + o_s, b_s, mask=m_s)
+    if STORE_LOST:
+        o_lost = (i_s.to(tl.int64) * H + i_h) * K + o_k
+        tl.store(lost + o_lost, tl.zeros([BK], tl.float32) + b_lost * LN2, mask=m_k)
+
+
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def output_kernel(
-    q, k, v, w, log_decay, skip, states, out, chunks, H, R,
+    q, k, v, step, total, skip, states, out, chunks, H, R, rows,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_SKIP: tl.constexpr,
-    STAGES: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one chunk and group."""
     i_c, i_g = tl.program_id(0), tl.program_id(1)
@@ -48,110 +129,24 @@ def output_kernel(
     o_k, o_v, o_t = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BT)
     m_t, m_k, m_v = (t + o_t) < last, o_k < K, o_v < V
     groups = H // R
-    o_x = (t.to(tl.int64) * groups + i_g) * K + o_t[:, None] * (groups * K) + o_k[None, :]
-    m_x, m_y = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :]
-    b_q = tl.load(q + o_x, mask=m_x, other=0.0).to(DOT)
-    b_k = tl.load(k + o_x, mask=m_x, other=0.0).to(DOT)
+    o_y, o_s = o_t[:, None] * (H * V) + o_v[None, :], o_k[:, None] * V + o_v[None, :]
+    o_x, place_x = o_t[:, None] * (groups * K) + o_k[None, :], (t.to(tl.int64) * groups + i_g) * K
+    m_x, m_y, m_s = tile_mask(m_t, m_k, K), tile_mask(m_t, m_v, V), tile_mask(m_k, m_v, V)
+    b_q = tl.load(q + place_x + o_x, mask=m_x, other=0.0).to(DOT)
+    b_k = tl.load(k + place_x + o_x, mask=m_x, other=0.0).to(DOT)
     b_qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_qk = tl.where(o_t[:, None] >= o_t[None, :], b_qk, 0.0)
     for i_r in tl.range(0, R, num_stages=STAGES):
         i_h = i_g * R + i_r
-        row = t.to(tl.int64) * H + i_h
-        o_y = row * V + o_t[:, None] * (H * V) + o_v[None, :]
-        o_s = (i_c.to(tl.int64) * H + i_h) * (K * V) + o_k[:, None] * V + o_v[None, :]
-        b_v = tl.load(v + o_y, mask=m_y, other=0.0)
-        b_s = tl.load(states + o_s, mask=m_k[:, None] & m_v[None, :], other=0.0).to(DOT)
-        b_w = tl.load(w + row + o_t * H, mask=m_t, other=0.0)
-        b_total, _ = _decays(log_decay, row, o_t, m_t, H)
-        b_o = tl.dot(b_q, b_s, input_precision=PRECISION) * exp(b_total, FAST)[:, None]
-        b_a = (b_qk * _between(b_total, o_t, False, FAST) * b_w[None, :]).to(DOT)
+        place_y, place_s = (t.to(tl.int64) * H + i_h) * V, (i_c.to(tl.int64) * H + i_h) * (K * V)
+        b_v = tl.load(v + place_y + o_y, mask=m_y, other=0.0)
+        b_s = tl.load(states + place_s + o_s, mask=m_s, other=0.0).to(DOT)
+        place = i_h.to(tl.int64) * rows + t
+        b_w = tl.load(step + place + o_t, mask=m_t, other=0.0)
+        b_total, b_all = decays(total, place, o_t, m_t, t, last, BT)
+        b_o = tl.dot(b_q, b_s, input_precision=PRECISION) * tl.exp2(b_total)[:, None]
+        b_a = (b_qk * between(b_total, b_all, False) * b_w[None, :]).to(DOT)
         b_o = tl.dot(b_a, b_v.to(DOT), b_o, input_precision=PRECISION)
         if HAS_SKIP:
             b_o += tl.load(skip + i_h).to(tl.float32) * b_v.to(tl.float32)
-        tl.store(out + o_y, b_o.to(out.dtype.element_ty), mask=m_y)
-
-
-@triton.jit(do_not_specialize=(*INTEGERS, "R"))
-def shared_gradient_kernel(
-    other, mine, theirs, w, log_decay, states, gradient, chunks, H, R,
-    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, LATER: tl.constexpr,
-    STAGES: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradient of queries (from keys, dy, x and the states), or of keys (from queries, x, dy and their gradients)."""
-    i_c, i_g = tl.program_id(0), tl.program_id(1)
-    t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
-    o_k, o_v, o_t = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BT)
-    m_t, m_k, m_v = (t + o_t) < last, o_k < K, o_v < V
-    groups = H // R
-    o_x = (t.to(tl.int64) * groups + i_g) * K + o_t[:, None] * (groups * K) + o_k[None, :]
-    m_x, m_y = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :]
-    b_other = tl.load(other + o_x, mask=m_x, other=0.0).to(DOT)
-    b_d = tl.zeros([BT, BK], tl.float32)
-    for i_r in tl.range(0, R, num_stages=STAGES):
-        row = t.to(tl.int64) * H + i_g * R + i_r
-        o_y = row * V + o_t[:, None] * (H * V) + o_v[None, :]
-        o_s = (i_c.to(tl.int64) * H + i_g * R + i_r) * (K * V) + o_k[:, None] * V + o_v[None, :]
-        b_mine = tl.load(mine + o_y, mask=m_y, other=0.0).to(DOT)
-        b_theirs = tl.load(theirs + o_y, mask=m_y, other=0.0).to(DOT)
-        b_s = tl.load(states + o_s, mask=m_k[:, None] & m_v[None, :], other=0.0).to(DOT)
-        b_w = tl.load(w + row + o_t * H, mask=m_t, other=0.0)
-        b_total, b_all = _decays(log_decay, row, o_t, m_t, H)
-        b_pairs = tl.dot(b_mine, tl.trans(b_theirs), input_precision=PRECISION) * _between(b_total, o_t, LATER, FAST)
-        if LATER:
-            b_pairs, b_lost = b_pairs * b_w[:, None], exp(b_all - b_total, FAST) * b_w
-        else:
-            b_pairs, b_lost = b_pairs * b_w[None, :], exp(b_total, FAST)
-        b_d = tl.dot(b_pairs.to(DOT), b_other, b_d, input_precision=PRECISION)
-        b_d += tl.dot(b_mine, tl.trans(b_s), input_precision=PRECISION) * b_lost[:, None]
-    tl.store(gradient + o_x, b_d.to(gradient.dtype.element_ty), mask=m_x)
-
-
-@triton.jit(do_not_specialize=(*INTEGERS, "R"))
-def value_gradient_kernel(
-    q, k, v, w, log_decay, skip, d_out, states, d_states, dv, dw, d_decay, d_skip, chunks, H, R,
-    K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HAS_SKIP: tl.constexpr,
-    STAGES: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradients of values, weights, decays and skip of one chunk and group."""
-    i_c, i_g = tl.program_id(0), tl.program_id(1)
-    t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
-    o_k, o_v, o_t = tl.arange(0, BK), tl.arange(0, BV), tl.arange(0, BT)
-    m_t, m_k, m_v = (t + o_t) < last, o_k < K, o_v < V
-    groups = H // R
-    o_x = (t.to(tl.int64) * groups + i_g) * K + o_t[:, None] * (groups * K) + o_k[None, :]
-    m_x, m_y, m_s = m_t[:, None] & m_k[None, :], m_t[:, None] & m_v[None, :], m_k[:, None] & m_v[None, :]
-    b_q = tl.load(q + o_x, mask=m_x, other=0.0).to(DOT)
-    b_k = tl.load(k + o_x, mask=m_x, other=0.0).to(DOT)
-    b_kq = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-    for i_r in tl.range(0, R, num_stages=STAGES):
-        i_h = i_g * R + i_r
-        row = t.to(tl.int64) * H + i_h
-        o_y = row * V + o_t[:, None] * (H * V) + o_v[None, :]
-        o_s = (i_c.to(tl.int64) * H + i_h) * (K * V) + o_k[:, None] * V + o_v[None, :]
-        b_do = tl.load(d_out + o_y, mask=m_y, other=0.0)
-        b_ds = tl.load(d_states + o_s, mask=m_s, other=0.0)
-        b_s = tl.load(states + o_s, mask=m_s, other=0.0)
-        b_w = tl.load(w + row + o_t * H, mask=m_t, other=0.0)
-        b_total, b_all = _decays(log_decay, row, o_t, m_t, H)
-        b_kept = exp(b_all, FAST) * tl.sum(tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=1), axis=0)
-        b_read = tl.dot(b_q, b_s.to(DOT), input_precision=PRECISION) * exp(b_total, FAST)[:, None]
-        b_asked = tl.sum(b_read * b_do.to(tl.float32), axis=1)
-        b_dv = tl.dot(b_k, b_ds.to(DOT), input_precision=PRECISION) * exp(b_all - b_total, FAST)[:, None]
-        b_v = tl.load(v + o_y, mask=m_y, other=0.0)
-        b_written = b_w * tl.sum(b_dv * b_v.to(tl.float32), axis=1)
-        b_kept += tl.sum(b_written, axis=0)
-        b_at = b_kq * _between(b_total, o_t, True, FAST)
-        b_dv = tl.dot(b_at.to(DOT), b_do.to(DOT), b_dv, input_precision=PRECISION)
-        # Pairs of different rows alone: what a row gives itself does not decay, and would drown the rest.
-        b_pairs = tl.dot(b_v.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION) * b_at * b_w[:, None]
-        b_pairs = tl.where(o_t[:, None] < o_t[None, :], b_pairs, 0.0)
-        b_asked += tl.sum(b_pairs, axis=0)
-        b_written += tl.sum(b_pairs, axis=1)
-        b_dg = tl.cumsum(b_asked - b_written, axis=0, reverse=True) + b_kept
-        tl.store(d_decay + row + o_t * H, b_dg, mask=m_t)
-        b_v32, b_do32 = b_v.to(tl.float32), b_do.to(tl.float32)
-        tl.store(dw + row + o_t * H, tl.sum(b_dv * b_v32, axis=1), mask=m_t)
-        b_dv *= b_w[:, None]
-        if HAS_SKIP:
-            b_dv += tl.load(skip + i_h).to(tl.float32) * b_do32
-            tl.store(d_skip + i_c * H + i_h, tl.sum(tl.sum(b_do32 * b_v32, axis=1), axis=0))
-        tl.store(dv + o_y, b_dv.to(dv.dtype.element_ty), mask=m_y)
+        tl.store(out + place_y + o_y, b_o.to(out.dtype.element_ty), mask=m_y)

@@ -1,24 +1,28 @@
 """State space duality through kernels: walks for states and their gradients, then everything by chunks."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from farspan.ops._contract import compute_dtype, plain_backward
+from farspan.ops._contract import plain_backward
 from farspan.ops._launch import Constants, compile_ahead, launch
 from farspan.ops._library import register_node
 from farspan.ops.gated_linear import rows
+from farspan.ops.gated_linear.kernels import scan_kernel
 from farspan.ops.gated_linear.plan import Plan, cut, most_chunks, plan_chunks
-from farspan.ops.gated_linear.rows import Walk
+from farspan.ops.gated_linear.tiles import SCAN
 from farspan.ops.gated_linear.triton import gated_linear_attention_triton
-from farspan.ops.ssd.kernels import output_kernel, shared_gradient_kernel, value_gradient_kernel
-from farspan.ops.ssd.reference import step_size, through
+from farspan.ops.ssd.gradient_kernels import shared_gradient_kernel, step_gradient_kernel, value_gradient_kernel
+from farspan.ops.ssd.kernels import output_kernel, prepare_kernel, state_kernel
+from farspan.ops.ssd.reference import through
 
-# Most stages of the kernels for outputs, for what the heads of a group share, and for values.
-OUTPUT, SHARED, VALUE = 3, 2, 1
+# Most stages of the kernels for states, outputs, what the heads of a group share, and values.
+STATE, OUTPUT, SHARED, VALUE = 3, 3, 2, 3
 WARPS = 4
+# Most heads of a program for steps and decays.
+HEADS = 16
 
 
 def state_space_duality_triton(
@@ -27,11 +31,10 @@ def state_space_duality_triton(
     """The kernels' form of `state_space_duality`; arguments and results as the reference's."""
     if x.shape[-1] > widest(c.dtype):
         return through(gated_linear_attention_triton, x, dt, a, b, c, d, **options)
-    dtype = compute_dtype(dt)
-    step = step_size(dt.to(dtype), options["dt_bias"], options["dt_softplus"], options["dt_limit"])
-    decay = step * a.to(dtype)
-    tensors = (None if t is None else t.contiguous() for t in (c, b, x, step, decay, d, options["initial_state"]))
-    out, final = _Duality.apply(*tensors, options["cu_seqlens"])
+    low, high = (min(limit, torch.finfo(torch.float32).max) for limit in options["dt_limit"])
+    given = c, b, x, dt, a, d, options["dt_bias"], options["initial_state"]
+    tensors = (None if t is None else t.contiguous() for t in given)
+    out, final = _Duality.apply(*tensors, options["cu_seqlens"], options["dt_softplus"], low, high)
     return out, final
 
 
@@ -46,182 +49,242 @@ def widest(dtype: torch.dtype) -> int:
 class _Duality(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        out, final, states = duality_node(*arguments)
+        out, final, *kept = duality_node(*arguments)
         if not torch.compiler.is_compiling():  # where a missing gradient costs nothing anyway
             ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arguments, states)
+        ctx.save_for_backward(*arguments[:9], *kept)
+        ctx.options = arguments[9:]
         return out, final
 
     @staticmethod
     @plain_backward
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        dq, dk, dv, dw, d_decay, d_skip, d_initial = duality_gradient_node(*gradients, *ctx.saved_tensors)
-        skip, initial = ctx.saved_tensors[5:7]
-        d_own_skip = None if skip is None else d_skip.to(skip.dtype)
-        return dq, dk, dv, dw, d_decay, d_own_skip, None if initial is None else d_initial.to(initial.dtype), None
+        *direct, sums, d_initial = duality_gradient_node(*gradients, *ctx.saved_tensors, *ctx.options)
+        given = ctx.saved_tensors[4:8]
+        indirect = (None if t is None else g.to(t.dtype) for t, g in zip(given, (*sums, d_initial), strict=True))
+        return *direct, *indirect, *[None] * 4
 
 
-def _results(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    log_decay: Tensor,
-    skip: Tensor | None,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, ...]:
-    batch, length, heads, values = v.shape
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = v.new_empty(sequences, heads, q.shape[3], values, dtype=torch.float32)
-    chunks = most_chunks(length, batch, cu_seqlens, rows.CHUNK)
-    return torch.empty_like(v), final, v.new_empty(chunks, heads, q.shape[3], values)
+class _Inputs(NamedTuple):
+    """The tensors of a call: q is c, k is b, v is x; and the options of its steps."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dt: Tensor
+    a: Tensor
+    skip: Tensor | None
+    bias: Tensor | None
+    initial: Tensor | None
+    cu_seqlens: Tensor | None
+    softplus: bool
+    low: float
+    high: float
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Heads, heads of a group, and rows of all sequences: what most kernels take last."""
+        batch, length, heads, _ = self.v.shape
+        return heads, heads // self.q.shape[2], batch * length
+
+    @property
+    def blocks(self) -> int:
+        """Programs of the walk that share the value channels."""
+        return -(-self.v.shape[3] // rows.NARROWEST)
+
+    def constants(self, most: int, tiles: int, *switches: tuple[str, int]) -> Constants:
+        """Compile-time arguments of a kernel that reads so many tiles of values and states at each step."""
+        return _constants(self.q.dtype, self.q.shape[3], self.v.shape[3], rows.CHUNK, most, tiles, *switches)
+
+    def plan(self) -> Plan:
+        return plan_chunks(self.v, self.cu_seqlens, rows.CHUNK, self.v.shape[2] * self.blocks)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    log_decay: Tensor,
-    skip: Tensor | None,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, ...]:
-    results = _results(q, k, v, w, log_decay, skip, initial, cu_seqlens)
-    if v.numel() == 0:
-        results[1].zero_() if initial is None else results[1].copy_(initial)
+def _results(*arguments: Any) -> tuple[Tensor, ...]:
+    """Room for the outputs, and for what the gradient needs: the states in front of all chunks, steps, decays."""
+    x = _Inputs(*arguments)
+    batch, length, heads, values = x.v.shape
+    sequences = batch if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
+    chunks = most_chunks(length, batch, x.cu_seqlens, rows.CHUNK)
+    final = x.v.new_empty(sequences, heads, x.q.shape[3], values, dtype=torch.float32)
+    states = x.v.new_empty(chunks, *final.shape[1:])
+    step, total = (final.new_empty(heads, batch * length) for _ in range(2))
+    return torch.empty_like(x.v), final, states, step, total
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    x, results = _Inputs(*arguments), _results(*arguments)
+    if x.v.numel() == 0:
+        results[1].zero_() if x.initial is None else results[1].copy_(x.initial)
         return results
-    with torch.cuda.device_of(q):
-        kinds = (t is not None and t.dtype for t in (q, k, v, skip, initial))
-        key = ("state_space_duality", q.device, q.shape[3], v.shape[3], *kinds)
-        compile_ahead(key, lambda: _rehearse(q, k, v, w, log_decay, skip, initial))
-        _run(_plan(v, cu_seqlens), q, k, v, w, log_decay, skip, initial, results)
+    with torch.cuda.device_of(x.q):
+        kinds = (t is not None and t.dtype for t in x[:8])
+        compile_ahead(("duality", x.q.device, x.q.shape[3], x.v.shape[3], x.softplus, *kinds), lambda: _rehearse(x))
+        _run(x, x.plan(), results)
     return results
 
 
-def _run(
+def _run(x: _Inputs, plan: Plan, results: tuple[Tensor, ...]) -> None:
+    out, final, states, step, total = results
+    chunks, heads = plan.chunks.shape[0], x.v.shape[2]
+    constants = _step_constants(heads, rows.CHUNK, x.bias is not None, x.softplus)
+    bias, skip = (x.a if t is None else t for t in (x.bias, x.skip))
+    arguments: tuple[Any, ...] = (x.dt, x.a, bias, step, total, plan.chunks, x.low, x.high, heads, x.sizes[2])
+    launch(prepare_kernel, (chunks, -(-heads // constants["BH"])), arguments, constants, WARPS)
+    _walk(x, plan, (x.k, x.v, step, total), x.initial, final, states)
+    arguments = (x.q, x.k, x.v, step, total, skip, states, out, plan.chunks, *x.sizes)
+    _launch(output_kernel, x, plan, arguments, x.constants(OUTPUT, 1, ("HAS_SKIP", x.skip is not None)))
+
+
+def _walk(
+    x: _Inputs,
     plan: Plan,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    log_decay: Tensor,
-    skip: Tensor | None,
-    initial: Tensor | None,
-    results: tuple[Tensor, ...],
-) -> None:
-    out, final, states = results
-    walk = Walk(q, k, v, b=w, log_decay=log_decay)
-    walk.run(plan, None, walk.between(plan, initial, final), final, states=states)
-    arguments = (q, k, v, w, log_decay, w if skip is None else skip, states, out, plan.chunks)
-    _launch(output_kernel, plan, q, v, arguments, OUTPUT, HAS_SKIP=skip is not None)
-
-
-def _gradients(
-    d_out: Tensor | None,
-    d_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    log_decay: Tensor,
-    skip: Tensor | None,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
+    tensors: tuple[Tensor, ...],
+    start: Tensor | None,
+    end: Tensor,
     states: Tensor,
-) -> tuple[Tensor, ...]:
-    _, d_initial, _ = _results(q, k, v, w, log_decay, skip, initial, cu_seqlens)
-    d_skip = v.new_empty(0 if skip is None else v.shape[2], dtype=torch.float32)
-    return *(torch.empty_like(t) for t in (q, k, v, w, log_decay)), d_skip, d_initial
+    entering: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> None:
+    """The states in front of all chunks, or in reverse, where those entering are given, the gradients behind them.
+
+    Args:
+        x: the call.
+        plan: where segments and chunks lie.
+        tensors: keys, values, steps and decays; in reverse queries and dy take the place of keys and values.
+        start: the state in front of each sequence, or None for zeros.
+        end: receives the state after each sequence.
+        states: receives the state at each chunk.
+        entering: the states in front of all chunks.
+        kept: receives their products with the gradients behind, `[chunks, H, blocks]`.
+    """
+    (heads, *_), reverse, before = x.sizes, entering is not None, start
+    shape = plan.segments.shape[0], *end.shape[1:]
+
+    def run(start: Tensor | None, end: Tensor | None, lost: Tensor | None, states: Tensor | None) -> None:
+        switches = {
+            "REVERSE": reverse, "HAS_START": start is not None, "STORE_STATES": states is not None,
+            "STORE_END": end is not None, "STORE_LOST": lost is not None,
+        }  # fmt: skip
+        given = (start, end, lost, states, entering, kept)
+        arguments: tuple[Any, ...] = (*tensors, *(x.a if t is None else t for t in given), plan.segments, *x.sizes)
+        constants = x.constants(STATE, 0, *switches.items(), ("BV", rows.NARROWEST))
+        launch(state_kernel, (shape[0], heads, x.blocks), arguments, constants, WARPS, constants["STAGES"])
+
+    if not plan.whole:
+        added, before = end.new_empty(shape), end.new_empty(shape)
+        lost = added.new_empty(shape[:3])
+        run(None, added, lost, None)
+        constants = rows._scan_constants(*shape[2:], reverse, start is not None)
+        arguments = (added, lost, added if start is None else start, before, end, plan.offsets, heads)
+        grid = plan.offsets.shape[0] - 1, heads, -(-shape[2] * shape[3] // constants["BN"])
+        launch(scan_kernel, grid, arguments, constants, *SCAN[1:])
+    run(before, end if plan.whole else None, None, states)
+
+
+def _gradients(d_out: Tensor | None, d_final: Tensor | None, *saved: Any) -> tuple[Tensor, ...]:
+    """Room for the gradients of q, k, v and dt, of a, skip and bias in one, and of the initial state."""
+    x, final = _Inputs(*saved[:9], *saved[12:]), _results(*saved[:9], *saved[12:])[1]
+    return *(torch.empty_like(t) for t in x[:4]), final.new_empty(3, final.shape[1]), final
 
 
 def _backward(d_out: Tensor | None, d_final: Tensor | None, *saved: Any) -> tuple[Tensor, ...]:
-    results = _gradients(d_out, d_final, *saved)
-    q, v, cu_seqlens = saved[0], saved[2], saved[7]
-    if v.numel() == 0:
+    x, results = _Inputs(*saved[:9], *saved[12:]), _gradients(d_out, d_final, *saved)
+    if x.v.numel() == 0:
         for gradient in results:
             gradient.zero_()
         if d_final is not None:
             results[-1].copy_(d_final)
         return results
-    d_out = torch.zeros_like(v) if d_out is None else d_out.contiguous()
+    d_out = torch.zeros_like(x.v) if d_out is None else d_out.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
-    with torch.cuda.device_of(q):
-        _run_backward(_plan(v, cu_seqlens), d_out, d_final, saved, results)
+    with torch.cuda.device_of(x.q):
+        _run_backward(x, x.plan(), d_out, d_final, saved[9:12], results)
     return results
 
 
 def _run_backward(
-    plan: Plan, d_out: Tensor, d_final: Tensor | None, saved: tuple[Any, ...], results: tuple[Tensor, ...]
+    x: _Inputs,
+    plan: Plan,
+    d_out: Tensor,
+    d_final: Tensor | None,
+    saved: tuple[Tensor, ...],
+    results: tuple[Tensor, ...],
 ) -> None:
-    q, k, v, w, log_decay, skip, _, _, states = saved
-    dq, dk, dv, dw, d_decay, d_skip, d_initial = results
-    d_states = torch.empty_like(states)
-    walk = Walk(k, q, d_out, log_decay=log_decay)
-    start = walk.between(plan, d_final, d_initial, reverse=True)
-    walk.run(plan, None, start, d_initial, reverse=True, states=d_states)
-    parts = w.new_empty(0 if skip is None else plan.chunks.shape[0], v.shape[2], dtype=torch.float32)
-    arguments: tuple[Any, ...] = (k, d_out, v, w, log_decay, states, dq, plan.chunks)
-    _launch(shared_gradient_kernel, plan, q, v, arguments, SHARED, LATER=False)
-    arguments = (q, v, d_out, w, log_decay, d_states, dk, plan.chunks)
-    _launch(shared_gradient_kernel, plan, q, v, arguments, SHARED, LATER=True)
+    states, step, total = saved
+    dq, dk, dv, d_dt, sums, d_initial = results
+    chunks, heads = plan.chunks.shape[0], x.v.shape[2]
+    d_states, asked = torch.empty_like(states), torch.empty_like(total)
+    kept, parts = total.new_empty(chunks, heads, x.blocks), total.new_empty(chunks, *sums.shape)
+    _walk(x, plan, (x.q, d_out, step, total), d_final, d_initial, d_states, states, kept)
+    decays = step, total
+    arguments: tuple[Any, ...] = (x.k, x.q, d_out, x.v, *decays, states, dq, asked, plan.chunks, *x.sizes)
+    _launch(shared_gradient_kernel, x, plan, arguments, x.constants(SHARED, 2, ("LATER", False)))
+    arguments = (x.q, x.k, x.v, d_out, *decays, d_states, dk, asked, plan.chunks, *x.sizes)
+    _launch(shared_gradient_kernel, x, plan, arguments, x.constants(SHARED, 2, ("LATER", True)))
+    skip, bias = (x.a if t is None else t for t in (x.skip, x.bias))
+    dw, net, left, skipped = (torch.empty_like(total) for _ in range(4))
     arguments = (
-        q, k, v, w, log_decay, w if skip is None else skip, d_out, states, d_states, dv, dw, d_decay, parts,
-        plan.chunks,
+        x.q, x.k, x.v, skip, *decays, d_out, d_states, dv, dw, net, left, skipped, plan.chunks, *x.sizes,
     )  # fmt: skip
-    _launch(value_gradient_kernel, plan, q, v, arguments, VALUE, HAS_SKIP=skip is not None)
-    if skip is not None:
-        torch.sum(parts, 0, out=d_skip)
+    _launch(value_gradient_kernel, x, plan, arguments, x.constants(VALUE, 2, ("HAS_SKIP", x.skip is not None)))
+    constants = _step_constants(heads, rows.CHUNK, x.bias is not None, x.softplus, x.blocks)
+    arguments = (
+        x.dt, x.a, bias, step, asked, net, left, dw, skipped, kept, d_dt, parts, plan.chunks, x.low, x.high, heads,
+        x.sizes[2],
+    )  # fmt: skip
+    launch(step_gradient_kernel, (chunks, -(-heads // constants["BH"])), arguments, constants, WARPS)
+    torch.sum(parts, 0, out=sums)
 
 
-def _rehearse(
-    q: Tensor, k: Tensor, v: Tensor, w: Tensor, log_decay: Tensor, skip: Tensor | None, initial: Tensor | None
-) -> None:
+def _rehearse(x: _Inputs) -> None:
     """Makes all launches on sequences of two chunks, cut into two segments and whole."""
     length = 2 * rows.CHUNK
-    short = [t.new_empty(1, length, *t.shape[2:]) for t in (q, k, v, w, log_decay)]
-    saved: tuple[Any, ...] = (*short, skip, None if initial is None else initial.new_empty(1, *initial.shape[1:]))
+    q, k, v, dt = (t.new_empty(1, length, *t.shape[2:]) for t in x[:4])
+    initial = None if x.initial is None else x.initial.new_empty(1, *x.initial.shape[1:])
+    x = x._replace(q=q, k=k, v=v, dt=dt, initial=initial, cu_seqlens=None)
     for segment in (length, rows.CHUNK):
-        plan = cut([(0, length)], segment, rows.CHUNK, q.device)
-        forward: tuple[Any, ...] = (*saved, None)
-        out, final, states = _results(*forward)
-        forward = (plan, *saved, (out, final, states))
-        _run(*forward)
-        backward = (*saved, None, states)
-        _run_backward(plan, short[2], None, backward, _gradients(None, None, *backward))
+        plan, results = cut([(0, length)], segment, rows.CHUNK, x.q.device), _results(*x)
+        _run(x, plan, results)
+        _run_backward(x, plan, x.v, None, results[2:], _gradients(None, None, *x[:9], *results[2:], *x[9:]))
 
 
-def _launch(
-    kernel: Any, plan: Plan, q: Tensor, v: Tensor, arguments: tuple[Any, ...], most: int, **switch: bool
-) -> None:
+def _launch(kernel: Any, x: _Inputs, plan: Plan, arguments: tuple[Any, ...], constants: Constants) -> None:
     """One program per chunk and group."""
-    heads, groups = v.shape[2], q.shape[2]
-    constants = _constants(q.dtype, q.shape[3], v.shape[3], rows.CHUNK, most, *switch.items())
-    sizes = heads, heads // groups
-    launch(kernel, (plan.chunks.shape[0], groups), (*arguments, *sizes), constants, WARPS, constants["STAGES"])
+    launch(kernel, (plan.chunks.shape[0], x.q.shape[2]), arguments, constants, WARPS, constants["STAGES"])
 
 
 @functools.cache
 def _constants(
-    dtype: torch.dtype, width: int, values: int, chunk: int, most: int, *switches: tuple[str, int]
+    dtype: torch.dtype, width: int, values: int, chunk: int, most: int, tiles: int, *switches: tuple[str, int]
 ) -> Constants:
     shape = {"K": width, "V": values, "BT": chunk, "BK": rows.padded(width), "BV": rows.padded(values)}
-    shape["STAGES"] = rows.stages(most, (2 * chunk + shape["BK"]) * shape["BV"], dtype)
-    return Constants(shape | dict(switches) | rows.arithmetic(dtype))
+    shape |= dict(switches)
+    # The walk reads keys and values, in reverse states too; the others values, perhaps dy, and states.
+    walked = chunk * (shape["BK"] + shape["BV"]) + shape.get("REVERSE", 0) * shape["BK"] * shape["BV"]
+    shape["STAGES"] = rows.stages(most, (tiles * chunk + shape["BK"]) * shape["BV"] if tiles else walked, dtype)
+    arithmetic = rows.arithmetic(dtype)
+    return Constants(shape | {name: arithmetic[name] for name in ("DOT", "PRECISION")})
 
 
-def _plan(v: Tensor, cu_seqlens: Tensor | None) -> Plan:
-    return plan_chunks(v, cu_seqlens, rows.CHUNK, v.shape[2] * -(-v.shape[3] // rows.NARROWEST))
+@functools.cache
+def _step_constants(heads: int, chunk: int, biased: bool, softplus: bool, blocks: int | None = None) -> Constants:
+    block = min(HEADS, 1 << (heads - 1).bit_length())
+    constants = Constants({"BT": chunk, "BH": block, "BIASED": biased, "SOFTPLUS": softplus})
+    return constants if blocks is None else Constants(constants | {"BLOCKS": blocks})
 
 
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor w, Tensor log_decay, Tensor? skip, Tensor? initial, Tensor? cu_seqlens"
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor dt, Tensor a, Tensor? skip, Tensor? bias, Tensor? initial, Tensor? cu_seqlens"
+)
+_SAVED = "Tensor states, Tensor step, Tensor total"
+_OPTIONS = "bool softplus, float low, float high"
 duality_node = register_node(
-    f"state_space_duality_kernels({_INPUTS}) -> (Tensor out, Tensor final, Tensor states)", _forward, _results
+    f"state_space_duality_kernels({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor final, {_SAVED})", _forward, _results
 )
 duality_gradient_node = register_node(
-    f"state_space_duality_kernels_gradient(Tensor? d_out, Tensor? d_final, {_INPUTS}, Tensor states) -> "
-    "(Tensor dq, Tensor dk, Tensor dv, Tensor dw, Tensor d_decay, Tensor d_skip, Tensor d_initial)",
+    f"state_space_duality_kernels_gradient(Tensor? d_out, Tensor? d_final, {_INPUTS}, {_SAVED}, {_OPTIONS}) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor d_dt, Tensor sums, Tensor d_initial)",
     _backward,
     _gradients,
 )
