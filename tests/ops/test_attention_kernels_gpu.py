@@ -78,6 +78,31 @@ def test_dilated_with_rotations_or_detached_matches_torch(detach: bool) -> None:
     compare(op, x)
 
 
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("width", [16, 64])
+@pytest.mark.parametrize("kind", ["bias", "packed", "detached", "turned"])
+def test_dilated_rows_match_torch(kind: str, width: int, causal: bool, dtype: torch.dtype) -> None:
+    x = normal(dtype, q=(1, 700, 4, width), k=(1, 700, 2, width), v=(1, 700, 2, width))
+    options: dict[str, object] = {"causal": causal, "head_offset": "block" if causal else "mod"}
+    if kind != "packed":
+        x["distance_bias"] = torch.randn(4, 1399, device="cuda")
+    if kind in ("packed", "turned"):
+        options["cu_seqlens"] = boundaries([250, 0, 1, 449]).cuda()
+    if kind == "turned":
+        options["frequencies"] = torch.rand(width // 2, device="cuda")
+        options["growth"] = torch.rand(width // 2, device="cuda") * 1e-3
+    options["detach_mixture_weights"] = kind == "detached"
+
+    def op(**arguments: object) -> Tensor:
+        return dilated_attention(**arguments, **options, segment_lengths=[100, 400, 650], dilations=[1, 3, 12])
+
+    compare(op, x)
+    if kind != "turned":
+        first, again = (results(lambda **t: op(backend="triton", **t), x) for _ in range(2))
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("form", "tie", "rotary_dim"), [("slack", "rotary", 64), ("strict", "rotary", 32)])
 @pytest.mark.parametrize(("queries", "keys"), [(300, 300), (5, 300)])
@@ -108,6 +133,7 @@ def test_rotation_matches_the_formula(
         return torch.cat(turned, dim=2)
 
     compare(op, x)
+    torch.compiler.reset()
     whole = torch.compile(op, fullgraph=True, backend="aot_eager")
     assert_same(results(whole, x), results(op, x), tolerances.BFLOAT16 / 2)
 

@@ -87,7 +87,9 @@ def test_collinear_step(
     positions = written - 5 * torch.arange(ROWS, device="cuda")[:, None] * masked
 
     def op(q: Tensor, t: Tensor, v: Tensor, held: Ring, backend: str) -> Tensor:
-        return collinear_attention_step(q, t, v, held, positions, rates, rotary_scale=1.1, form=form, backend=backend)
+        # Angles are exact where the rest is.
+        theta = rates.to(torch.promote_types(q.dtype, torch.float32))
+        return collinear_attention_step(q, t, v, held, positions, theta, rotary_scale=1.1, form=form, backend=backend)
 
     held = ring(slots, written, groups, width // 2, width, masked)
     compare(op, tensors, held._replace(keys=held.keys.relu()), dtype)

@@ -22,7 +22,7 @@ from farspan.ops.cosine.step_kernels import step_kernel as cosine
 from farspan.ops.metala.step_kernels import step_kernel as metala
 from farspan.ops.short_convolution.step_kernels import step_kernel as convolution
 from farspan.ops.softmax.step_kernels import attend_kernel, merge_kernel
-from farspan.ops.softmax.step_triton import BLOCK
+from farspan.ops.softmax.step_triton import BLOCK, warps_of
 from farspan.ops.ssd.step_kernels import step_kernel as ssd
 from farspan.ops.swiglu.kernels import swiglu_kernel
 
@@ -74,7 +74,7 @@ def compiled(kernel: Any, values: dict[str, Any], architecture: int, warps: int)
 @pytest.mark.parametrize("name", KERNELS)
 def test_step_compiles(name: str, architecture: int, tmp_path: Path) -> None:
     kernel, values = KERNELS[name]
-    warps = step_warps(values["BK"], values["BV"]) if "BK" in values and "QB" not in values else 4
+    warps = warps_of(values["V"]) if "QB" in values else step_warps(values["BK"], values["BV"]) if "BK" in values else 4
     binary = compiled(kernel, values, architecture, warps)
     assert binary.metadata.shared <= SHARED_MEMORY[architecture]
     path = tmp_path / "kernel.cubin"
