@@ -16,10 +16,10 @@ from farspan.mixers.live_cache import BiasedKeyCache, LiveKeyCache, UnreturningC
 from farspan.nn.joint import Joint, projected
 from farspan.nn.norms import RMSNorm
 from farspan.nn.plain import is_plain
-from farspan.nn.positions import apply_rotary
 from farspan.ops._contract import compute_dtype, without_autocast
 from farspan.ops.dynamic_mask.api import SELECTIONS, dynamic_mask_attention
 from farspan.ops.dynamic_mask.step import dynamic_mask_step
+from farspan.ops.rotary import rotary_pair
 
 # exp of more would leave float32; a key of this bias takes all weight anyway.
 LARGEST_EXPONENT = 80.0
@@ -120,7 +120,7 @@ class DynamicMaskMixer(Mixer):
     bidirectional: ClassVar[bool] = True
     attention_weights: ClassVar[bool] = True
     compact_cache: ClassVar[bool] = True
-    operators: ClassVar[tuple[str, ...]] = ("dynamic_mask_attention", "dynamic_mask_step")
+    operators: ClassVar[tuple[str, ...]] = ("dynamic_mask_attention", "dynamic_mask_step", "rotary_pair")
     joint_projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
     joint: Joint | None = None
     no_weight_decay = ("bias_scale",)
@@ -218,7 +218,7 @@ class DynamicMaskMixer(Mixer):
         q, k, v = self._heads(x)
         cos, sin = self._rotation(layout)
         if cos is not None and sin is not None:
-            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+            q, k = rotary_pair(q, k, cos, sin)
         return q, k, v
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

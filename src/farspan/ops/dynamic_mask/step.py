@@ -180,4 +180,5 @@ register(
     torch=dynamic_mask_step_torch,
     triton="farspan.ops.dynamic_mask.step_triton:dynamic_mask_step_triton",
     triton_limits=beyond_steps,
+    automatic=False,
 )
