@@ -34,6 +34,8 @@ class _Model:
     """Training steps to time; three are run before."""
     tokens: int = 64
     """Tokens to decode; the first five are not counted."""
+    loops: tuple[Literal["captured", "eager", "generate"], ...] = ()
+    """Loops to decode in, each behind a context that is read anew; all that the model can take by default."""
     compile: bool = False
     """Train under torch.compile."""
     llama: bool = False
@@ -175,7 +177,7 @@ def _decode(name: str, model: Any, shapes: list[tuple[int, int, bool]], options:
 
     found = []
     for rows, context, _ in shapes:
-        for speed in decoding_speed(model, rows, context, tokens=options.tokens):
+        for speed in decoding_speed(model, rows, context, tokens=options.tokens, loops=options.loops):
             found.append({"model": name, **dataclasses.asdict(speed)})
             _output.message(f"{name} {rows}x{context} {speed.loop}: {speed.ms_per_token:.3f} ms/token", style="dim")
     return found
