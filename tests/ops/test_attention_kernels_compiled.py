@@ -19,9 +19,11 @@ from triton.compiler import ASTSource, compile
 from farspan.ops import rotary_kernels as rotary
 from farspan.ops.collinear import kernels as collinear
 from farspan.ops.dilated import kernels as dilated
+from farspan.ops.dilated import rows_kernels as rows
 from farspan.ops.dynamic_mask import expiry_kernels
 from farspan.ops.dynamic_mask import kernels as lanes
 from farspan.ops.experts import kernels as experts
+from farspan.ops.experts import routing_kernels as routing
 
 pytestmark = pytest.mark.slow
 
@@ -30,20 +32,53 @@ SPILLED_BYTES = 256
 # It holds keys, values and both of their sums, and spills where a lane changes hands, most of all on an A100.
 EXCHANGING = {("lane gradient", 80): 640, ("lane gradient", 90): 320}
 EXCHANGING |= {("wide lane gradient", 80): 4352, ("wide lane gradient", 90): 768}
-FLOAT32 = {"lses", "total", "base_lse", "cos", "sin", "bias", "lse", "delta", "dk", "dv", "d_bias"}
-TABLES = {"table", "expires", "ranks", "windows", "ends", "starts", "before"}
-NUMBERS = {"R", "keep", "first_row", "blocks", "W", "U", "first", "end", "tokens", "rows", "B", "T", "S", "H", "G"}
+FLOAT32 = {"lses", "total", "base_lse", "cos", "sin", "bias", "lse", "delta", "dk", "dv", "d_bias", "line", "sums"}
+FLOAT32 |= {"hidden", "coefficients", "d_hidden", "parts"}
+TABLES = {"table", "expires", "ranks", "windows", "ends", "starts", "before", "offsets", "begins"}
+NUMBERS = {
+    "R",
+    "keep",
+    "first_row",
+    "blocks",
+    "W",
+    "U",
+    "first",
+    "end",
+    "tokens",
+    "rows",
+    "B",
+    "T",
+    "S",
+    "H",
+    "G",
+    "E",
+    "P",
+    "candidates",
+}
+NUMBERS |= {"E", "K", "P", "candidates", "dilation", "reach", "count", "lowest"}
+LONG = {"order", "ids", "piece_ends", "part_ends", "experts", "chosen", "chosen_x", "chosen_y"}
 PERIODS = {"PERIODS": (4096, 8192, 32768), "DILATIONS": (2, 4, 12)}
 BOXES = PERIODS | {"D": 64, "BT": 64, "BD": 64, "NUMBERS": 8}
 TURNED = {"K": 64, "R": 32, "HEAD": False, "BT": 32, "BK": 64}
 ROTATED = {"K": 64, "R": 32, "BT": 16, "HB": 4, "BK": 64}
-BAGS = {"D": 1024, "BR": 16, "BD": 512}
+BAGS = {"D": 1024, "BR": 4, "BD": 1024, "ACT": "silu", "PIECE": 256}
+RANKED = {"BP": 128, "BA": 64, "BC": 512, "BK": 64}
 TILES = {"D": 64, "V": 64, "BD": 64, "BV": 64, "C": 64, "QB": 2, "DOT": tl.bfloat16, "PRECISION": "ieee"}
 WIDE = {"D": 128, "V": 128, "BD": 128, "BV": 128}
+ROWS = {"K": 64, "V": 64, "BK": 64, "BV": 64, "BM": 64, "BN": 64, "CAUSAL": True, "BIAS": True, "PRECISION": "ieee"}
+WIDE_ROWS = ROWS | {"K": 128, "V": 128, "BK": 128, "BV": 128}
 # Kernel, compile-time arguments, warps, stages, whether it multiplies matrices.
 KERNELS: dict[str, tuple[Any, dict[str, Any], int, int, bool]] = {
     "merge boxes": (dilated.merge_kernel, BOXES | {"BASE": 2048}, 4, 3, False),
     "sum boxes": (dilated.sum_kernel, BOXES, 4, 3, False),
+    "rows": (rows.attend_kernel, ROWS, 4, 2, True),
+    "wide rows": (rows.attend_kernel, WIDE_ROWS, 8, 2, True),
+    "rows query gradient": (rows.query_gradient_kernel, ROWS, 4, 2, True),
+    "wide rows query gradient": (rows.query_gradient_kernel, WIDE_ROWS, 8, 2, True),
+    "rows key gradient": (rows.key_gradient_kernel, ROWS, 4, 2, True),
+    "wide rows key gradient": (rows.key_gradient_kernel, WIDE_ROWS, 8, 2, True),
+    "rows bias gradient": (rows.bias_gradient_kernel, ROWS, 8, 1, True),
+    "wide rows bias gradient": (rows.bias_gradient_kernel, WIDE_ROWS | {"BM": 32}, 4, 1, False),
     "transform": (collinear.transform_kernel, TURNED | {"STRICT": False, "HB": 4}, 4, 3, False),
     "strict transform": (collinear.transform_kernel, TURNED | {"STRICT": True, "HB": 4}, 4, 3, False),
     "transform gradient": (collinear.transform_gradient_kernel, TURNED | {"STRICT": False, "HB": 4}, 4, 3, False),
@@ -56,7 +91,12 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], int, int, bool]] = {
     "expiry": (expiry_kernels.expiry_kernel, {"N": 64, "PACKED": True}, 4, 3, False),
     "dots": (experts.dots_kernel, BAGS, 4, 3, False),
     "mix": (experts.mix_kernel, BAGS, 4, 3, False),
-    "gather": (experts.gather_kernel, BAGS, 4, 3, False),
+    "expert gradient": (experts.gradient_kernel, BAGS, 4, 3, False),
+    "join experts": (experts.join_kernel, BAGS, 4, 3, False),
+    "product keys": (routing.topk_kernel, RANKED | {"WIDE": False}, 1, 3, False),
+    "float32 product keys": (routing.topk_kernel, RANKED | {"WIDE": True}, 1, 3, False),
+    "a million product keys": (routing.topk_kernel, RANKED | {"WIDE": False, "BP": 1024}, 4, 3, False),
+    "spread": (routing.spread_kernel, RANKED, 4, 3, False),
     "link": (expiry_kernels.link_kernel, {"BX": 1024}, 4, 3, False),
     "hop": (expiry_kernels.hop_kernel, {"BX": 1024}, 4, 3, False),
     "birth": (expiry_kernels.birth_kernel, {"C": 64, "BX": 1024}, 4, 3, False),
@@ -78,7 +118,7 @@ def kind(name: str) -> Any:
         return "i32"
     if name in ("scale", "plain_scale"):
         return "fp32"
-    if name in ("order", "ids", "begins"):
+    if name in LONG:
         return "*i64"
     element = "*i32" if name in TABLES else "*fp32" if name in FLOAT32 else "*bf16"
     return (element,) * 3 if name in ("outs", "lses", "parts") else element

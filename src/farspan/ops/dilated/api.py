@@ -87,8 +87,8 @@ def dilated_attention(
         pad_mode: `"mask"`: a ragged segment has fewer keys. `"zero_keys"`: what torchscale computes, for its weights,
             see the note.
         cu_seqlens: `[num_seqs + 1]` int32 boundaries of documents packed in one row; segments restart in each.
-        backend: `"auto"`, `"reference"`, `"torch"` or `"triton"` (cuDNN and kernels: 16 bit, V = K ≤ 128, no bias, no
-            dropout, not packed).
+        backend: `"auto"`, `"reference"`, `"torch"` or `"triton"`: cuDNN for 16 bit, K = V, no bias and no packed
+            documents, kernels for the rest; not for dropout, filled segments, float64, K or V > 128 (float32: 64).
 
     Returns:
         `[B, T, H, V]` in v's dtype.
@@ -98,9 +98,9 @@ def dilated_attention(
         ConfigError: for patterns, names or a dropout that are not accepted.
 
     Cost:
-        O(T·Σ w_i/r_i²) time per head. Kept for backward: q, k, v, the output and one float per row and head. With
-        dropout, `detach_mixture_weights`, a `distance_bias` that needs a gradient, or V ≠ K: also the weights,
-        O(T·Σ w_i/r_i²). A bias takes (w/r)² numbers per head at a time.
+        O(T·Σ w_i/r_i²) time per head. Kept for backward: q, k, v, the output and one float per row and head. Outside
+        the kernels, with dropout, `detach_mixture_weights`, a `distance_bias` that needs a gradient, or V ≠ K: also the
+        weights, O(T·Σ w_i/r_i²), and a bias takes (w/r)² numbers per head at a time.
 
     Note:
         torchscale fills the last segment, and every segment whose length r does not divide, with rows of zeros: keys

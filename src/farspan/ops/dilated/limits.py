@@ -7,25 +7,27 @@ from torch import Tensor
 
 from farspan.ops.dilated.patterns import DilatedSettings, Span
 
-WIDEST = 128
+# Channels of a head in 16 bit and in float32.
+WIDEST, WIDEST_FLOAT32 = 128, 64
 
 
 def kernel_limits(tensors: Sequence[Tensor]) -> str | None:
     """Why the kernels cannot serve these queries, keys and values; None if they can."""
-    if any(tensor.dtype not in (torch.float16, torch.bfloat16) for tensor in tensors):
-        return "cuDNN's attention takes 16-bit numbers"
-    width, values = tensors[0].shape[-1], tensors[2].shape[-1]
-    if width != values or width > WIDEST or width % 8:
-        return f"cuDNN's attention takes K = V, a multiple of 8 up to {WIDEST}, not K={width}, V={values}"
-    return None
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "its kernels take no float64"
+    width = max(tensors[0].shape[-1], tensors[2].shape[-1])
+    widest = WIDEST_FLOAT32 if any(tensor.dtype == torch.float32 for tensor in tensors) else WIDEST
+    return f"its kernels take head sizes up to {widest} in this dtype, not {width}" if width > widest else None
 
 
 def option_limits(settings: DilatedSettings, spans: Sequence[Span]) -> str | None:
     """Why the kernels cannot serve these options; None if they can."""
     if settings.dropout:
-        return "it has no dropout"
-    if settings.distance_bias is not None:
-        return "it has no distance_bias"
-    if len(spans) != 1:
-        return "it takes no packed documents"
-    return "it fills no segments with zeros" if settings.filling(spans) else None
+        return "its kernels have no dropout"
+    return "its kernels fill no segments with zeros" if settings.filling(spans) else None
+
+
+def cudnn_serves(q: Tensor, v: Tensor, settings: DilatedSettings, spans: Sequence[Span]) -> bool:
+    """Whether cuDNN takes these queries and values of one dtype: 16 bit, K = V, no bias, no packed documents."""
+    fitting = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
+    return fitting and settings.distance_bias is None and len(spans) == 1

@@ -1,5 +1,7 @@
 """Dilated attention on a GPU: cuDNN on strided views, one call a box, and Triton kernels that join the boxes.
 
+What cuDNN does not take (biases, packed documents, other dtypes and head sizes) goes to `rows`.
+
 The mixture is one softmax over all keys, so the gradient of each box follows from the merged output and the global
 log-sum-exp alone: q, k, v, the output and one number per row and head are all that is kept. Nothing is gathered; boxes
 are joined stretch by stretch, which bounds what they take in between.
@@ -8,6 +10,7 @@ are joined stretch by stretch, which bounds what they take in between.
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,27 +21,35 @@ from farspan.ops._contract import plain_backward, without_autocast
 from farspan.ops._library import register_node
 from farspan.ops.dilated import cudnn, kernels
 from farspan.ops.dilated.boxes import Box, boxes, runs, stretches
+from farspan.ops.dilated.limits import cudnn_serves
 from farspan.ops.dilated.patterns import DilatedSettings, Span
 from farspan.ops.dilated.rotation import rotate
+from farspan.ops.dilated.rows import attend_rows
+from farspan.ops.dilated.streams import release, side_by_side
 
 # Numbers of one tensor whose boxes are held at once, forward and backward, and segments times heads of one call.
 FORWARD, BACKWARD, CALL = 3 << 28, 9 << 23, 1 << 15
+# Streams for boxes that do not fill a device one by one, and numbers from which they do, forward.
+LANES, FULL = 4, 1 << 28
 BLOCK = 64
 
 
 def dilated_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, spans: Sequence[Span]
 ) -> Tensor:
-    """See `dilated_attention`; serves what `settings_limits` lets pass."""
-    if q.numel() == 0:
-        return torch.zeros_like(q)
-    group = q.shape[2] // k.shape[2]
+    """See `dilated_attention`; serves what the limits let pass."""
+    if q.numel() == 0 or v.numel() == 0:
+        return v.new_zeros((*q.shape[:3], v.shape[3]))
+    group, kept = q.shape[2] // k.shape[2], v.dtype
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     with without_autocast(q):
         k, v = (x if group == 1 else x.repeat_interleave(group, dim=2) for x in (k, v))
         q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
-        out: Tensor = _Boxes.apply(q, k, v, settings)
-    return out
+        if cudnn_serves(q, v, settings, spans):
+            out: Tensor = _Boxes.apply(q, k, v, settings)
+        else:
+            out = attend_rows(q, k, v, settings, spans)
+        return out.to(kept)
 
 
 class _Boxes(torch.autograd.Function):
@@ -118,14 +129,15 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, 
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     base = call.base()
     lse = torch.empty(call.heads, len(q), dtype=torch.float32, device=q.device)
-    if base is None:
-        out, base_lse = torch.empty_like(q), lse
-    else:
-        out, base_lse = _attend(call, base, q, k, v)
-        out = _laid(out).view(q.shape)
+    out, base_lse = (torch.empty_like(q) if base is None else q), lse  # what the base gives is written to
     with torch.cuda.device_of(q):
         for start, stop, some in call.stretches(FORWARD, base):
-            parts = [_attend(call, box, q, k, v) for box in some]
+            first = [base] if base is not None and start == 0 else []
+            lanes = 1 if (stop - start) * call.heads * call.width > FULL else LANES
+            parts = side_by_side([partial(_attend, call, box, q, k, v) for box in first + some], q.device, lanes)
+            if first:
+                whole, base_lse = parts.pop(0)
+                out = _laid(whole).view(q.shape)
             kernels.merge_kernel[call.grid(start, stop)](
                 tuple(_laid(part) for part, _ in parts),
                 tuple(part_lse.contiguous() for _, part_lse in parts),
@@ -140,6 +152,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, 
                 BASE=0 if base is None else base.width,
                 **_sizes(call, some),
             )
+            release(q.device, lanes)
+            del parts  # before the next stretch makes its own
     return out.view(shape), lse
 
 
@@ -152,7 +166,10 @@ def _backward(
     gradients = tuple(torch.empty_like(q) for _ in range(3))
     with torch.cuda.device_of(q):
         for start, stop, some in call.stretches(BACKWARD, None):
-            parts = [_attend_backward(call, box, grad, q, k, v, out, lse, detach) for box in some]
+            tensors = (grad, q, k, v, out, lse)
+            parts = side_by_side(
+                [partial(_attend_backward, call, box, *tensors, detach) for box in some], q.device, LANES
+            )
             for index, gradient in enumerate(gradients):
                 kernels.sum_kernel[call.grid(start, stop)](
                     tuple(_laid(part[index]) for part in parts),
@@ -163,6 +180,7 @@ def _backward(
                     call.heads,
                     **_sizes(call, some),
                 )
+            release(q.device, LANES)
             del parts  # before the next stretch makes its own
     dq, dk, dv = (x.view(shape) for x in gradients)
     return dq, dk, dv
