@@ -8,7 +8,7 @@ import torch
 from farspan.ops import cosine_attention, gated_linear_attention, metala_attention, state_space_duality
 from tests import tolerances
 from tests.ops import test_cosine, test_gated_linear, test_metala, test_ssd
-from tests.ops.checks import Named, assert_same, boundaries, outputs_and_gradients
+from tests.ops.checks import Named, assert_close, assert_same, boundaries, outputs_and_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -118,6 +118,35 @@ def test_state_space_duality_matches_torch(length: int, groups: int, dtype: torc
         # Their gradients are sums over all tokens, with either sign, of what d_dt shows one by one.
         op = partial(op, a=x.pop("a"), dt_bias=x.pop("dt_bias"))
     compare(op, x, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("change", test_ssd.EXTREMES.values(), ids=test_ssd.EXTREMES)
+def test_state_space_duality_with_extreme_steps_and_decays(change: dict[str, float], dtype: torch.dtype) -> None:
+    x = on_gpu(test_ssd.make(100, batch=1), dtype)
+    x |= {name: torch.full_like(x[name], value) for name, value in change.items()}
+    op = partial(state_space_duality, output_final_state=True)
+    got = outputs_and_gradients(lambda **t: tuple(y.cpu() for y in op(backend="triton", **t)), x)
+    want = outputs_and_gradients(lambda **t: tuple(y.cpu() for y in op(backend="torch", **t)), double(x))
+    largest = want["out"].abs().max()  # of what is forgotten, gradients are differences of the outputs' terms
+    for name in want:
+        assert_close(got[name].cpu(), want[name].cpu(), TOLERANCE[dtype], name, largest=largest)
+
+
+def test_packed_cosine_that_looks_both_ways_is_one_graph() -> None:
+    lengths = [700, 0, 1, 64, 235]
+    x, bounds = on_gpu(test_cosine.make(sum(lengths), batch=1, state=False), torch.float32), boundaries(lengths).cuda()
+
+    def op(**tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out, _ = cosine_attention(**tensors, causal=False, cu_seqlens=bounds)
+        return out, out[:, :1]
+
+    got = outputs_and_gradients(lambda **t: tuple(y.cpu() for y in op(**t)), x)
+    want = outputs_and_gradients(lambda **t: tuple(y.cpu() for y in op(**t)), double(x))
+    got, want = ({name: tensor.cpu() for name, tensor in results.items()} for results in (got, want))
+    assert_same(got, want, tolerances.FLOAT32)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(**x)[0], op(**x)[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -215,15 +215,7 @@ def test_state_space_duality_of_packed_documents_without_skip_matches_reference(
     assert_same(got, want, tolerances.FLOAT32)
 
 
-EXTREMES = {
-    "growing": {"a": 0.2},
-    "forgetful": {"a": -1e3},
-    "large steps": {"dt": 60.0},
-    "small steps": {"dt": -60.0},
-}
-
-
-@pytest.mark.parametrize("change", EXTREMES.values(), ids=EXTREMES)
+@pytest.mark.parametrize("change", test_ssd.EXTREMES.values(), ids=test_ssd.EXTREMES)
 @pytest.mark.usefixtures("duality")
 def test_state_space_duality_with_extreme_steps_and_decays_matches_reference(change: dict[str, float]) -> None:
     x = test_ssd.make(40, batch=1)

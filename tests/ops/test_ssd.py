@@ -47,6 +47,12 @@ OPTIONS = {
     "limits": {"dt_limit": (0.5, 1.0)},
     "no_softplus": {"dt_softplus": False, "dt_limit": (0.0, 2.0)},
 }
+EXTREMES = {
+    "growing": {"a": 0.2},
+    "forgetful": {"a": -1e3},
+    "large steps": {"dt": 60.0},
+    "small steps": {"dt": -60.0},
+}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
