@@ -29,6 +29,14 @@ def test_seven_tokens_are_enough(capsys: pytest.CaptureFixture[str]) -> None:
     assert "generate" in capsys.readouterr().out
 
 
+def test_loops_are_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", "model", "tiny", "--decode", "1x3", "--tokens", "7", "--device", "cpu", "--loops"]
+    assert main([*arguments, "eager"]) == 0
+    assert "generate" not in capsys.readouterr().out
+    assert main([*arguments, "captured"]) == 2
+    assert "CUDA graphs need an NVIDIA GPU; leave it out" in " ".join(capsys.readouterr().err.split())
+
+
 def test_training_and_decoding_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "new" / "speed.json"
     arguments = ["--train", "2x8", "1x16+checkpoint", "--decode", "2x5", "--tokens", "8", "--steps", "2", "--llama"]

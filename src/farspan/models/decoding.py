@@ -1,8 +1,9 @@
 """Decoding at the speed of the card: one token after another, the whole step captured in a CUDA graph.
 
 A step of a small model is a few hundred short kernels, and launching them takes longer than running them. Where every
-layer's memory has a constant size, the step is captured once and replayed: model, choice of the token and the counting
-of positions included. Elsewhere, and on the CPU, the same loop runs step by step.
+layer's memory can stay in one place, because its size is constant or because it is given room for many tokens at once,
+the step is captured and replayed: model, choice of the token and the counting of positions included. Elsewhere, and on
+the CPU, the same loop runs step by step.
 """
 
 from collections.abc import Iterator

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farspan.errors import ConfigError
 from farspan.models import FarspanForCausalLM
 from farspan.models.decoding import Choice, capture_reason, decode, on_host
 from farspan.training.setup import recompute_activations
@@ -124,8 +125,14 @@ def decoding_speed(
         context: tokens read before, at least 1.
         tokens: tokens to decode in each loop, at least `FEWEST_TOKENS`; the first `UNCOUNTED` are not counted.
         loops: which of `captured`, `eager`, `generate`; empty is all that are possible.
+
+    Raises:
+        ConfigError: where the captured loop was named and is not possible.
     """
-    possible = ("captured", "eager", "generate") if capture_reason(model) is None else ("eager", "generate")
+    reason = capture_reason(model)
+    if reason is not None and "captured" in loops:
+        raise ConfigError(f"the captured loop cannot be measured: {reason}; leave it out.")
+    possible = ("captured", "eager", "generate") if reason is None else ("eager", "generate")
     ids = torch.randint(0, model.config.vocab_size, (batch, context), device=model.device)
     results = []
     for loop in loops or possible:
