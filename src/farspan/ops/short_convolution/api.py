@@ -1,13 +1,31 @@
 """The public function of the short convolution: checks, choice of the backend, call."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from farspan.ops._backend import register, resolve
+from farspan.ops._backend import no_double, register, resolve
 from farspan.ops._contract import Contract, without_autocast
 from farspan.ops.short_convolution.reference import short_convolution_reference
 from farspan.ops.short_convolution.torch import short_convolution_shifted
 
-register("short_convolution", reference=short_convolution_reference, torch=short_convolution_shifted)
+MOST_TAPS = 8
+
+
+def _limits(tensors: Sequence[Tensor]) -> str | None:
+    width = tensors[1].shape[1]
+    return no_double(tensors) or (
+        f"the kernels sum at most {MOST_TAPS} taps, not {width}" if width > MOST_TAPS else None
+    )
+
+
+register(
+    "short_convolution",
+    reference=short_convolution_reference,
+    torch=short_convolution_shifted,
+    triton="farspan.ops.short_convolution.triton:short_convolution_triton",
+    triton_limits=_limits,
+)
 
 
 def short_convolution(
@@ -39,7 +57,7 @@ def short_convolution(
         output_final_state: whether to return the last W inputs.
         cu_seqlens: boundaries of packed documents, int32 `[num_seqs + 1]` from 0 to T, with B = 1; the convolution
             restarts at each boundary.
-        backend: `"auto"`, `"reference"` or `"torch"`.
+        backend: `"auto"`, `"reference"`, `"torch"` or `"triton"` (at most 8 taps, up to float32).
 
     Returns:
         `out`, `[B, T, D]` in x's dtype, and the last W inputs, `[B, D, W]` (`[num_seqs, D, W]` when packed) in x's
@@ -51,7 +69,8 @@ def short_convolution(
         BackendUnavailable: a backend that was named and cannot serve.
 
     Cost:
-        Time O(T · D · W), memory for the backward pass O(T · D). The state holds W · D numbers.
+        Time O(T · D · W), memory for the backward pass O(T · D); the kernels keep nothing beside x and sum the taps
+        again in the backward pass. The state holds W · D numbers.
 
     Note:
         W - 1 inputs would be enough to continue; the published MetaLA keeps W, and so does this function.

@@ -1,0 +1,194 @@
+"""The short convolution's kernels: their launches, their gradient, their nodes."""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from farspan.ops import varlen
+from farspan.ops._contract import plain_backward
+from farspan.ops._launch import Constants, launch
+from farspan.ops._library import register_node
+from farspan.ops.short_convolution.kernels import convolution_kernel, gradient_kernel, state_gradient_kernel
+
+# Tokens and channels of a tile, and its warps; the gradient of the state holds few tokens.
+TILE, GRADIENT_TILE, STATE_CHANNELS, WARPS = (16, 128), (8, 128), 64, 4
+# Programs that keep a card busy, and the most tokens that one of them may sum over.
+PROGRAMS, LONGEST = 1024, 1024
+
+
+def short_convolution_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The kernels' form of the short convolution; arguments and results as the reference's."""
+    if initial_state is not None:
+        initial_state = initial_state.to(x.dtype)
+    out: Tensor = _Convolution.apply(x, weight, bias, initial_state, cu_seqlens, activation == "silu")
+    return out, _last(x, initial_state, cu_seqlens, weight.shape[1])
+
+
+def _last(x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None, width: int) -> Tensor:
+    """The last inputs of every document, `[num_seqs, D, W]`, of its own state where it is shorter than W."""
+    if state is None:
+        sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+        state = x.new_zeros(sequences, x.shape[2], width)
+    if cu_seqlens is None:
+        recent = x[:, max(0, x.shape[1] - width) :].mT
+        return torch.cat([state[..., recent.shape[-1] :], recent], dim=-1)
+    begins, ends = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
+    places = ends - width + torch.arange(width, device=x.device)
+    columns = (width + places - begins).clamp(max=width - 1)  # of the state, where a place lies before its document
+    before = state.gather(2, columns.clamp(min=0)[:, None].expand_as(state))
+    if x.shape[1] == 0:
+        return before
+    recent = x[0][places.clamp(min=0)].mT
+    return torch.where((places >= begins)[:, None], recent, before)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        silu: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, state, cu_seqlens)
+        ctx.silu = silu
+        out: Tensor = convolution_node(x, weight, bias, state, cu_seqlens, silu)
+        return out
+
+    @staticmethod
+    @plain_backward
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        _, _, bias, state, _ = ctx.saved_tensors
+        d_x, d_weight, d_bias, d_state = convolution_gradient_node(gradients[0], *ctx.saved_tensors, ctx.silu)
+        return d_x, d_weight, None if bias is None else d_bias, None if state is None else d_state, None, None
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+) -> Tensor:
+    x, (batch, length, channels) = _evenly(x), x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    start, sequence = _documents(cu_seqlens, length, out)
+    state = out if state is None else state.contiguous()
+    constants = _constants(weight.shape[1], bias is not None, silu, state is not out, cu_seqlens is not None)
+    blocks = triton.cdiv(length, constants["BT"])
+    numbers = length, channels, x.stride(1), blocks
+    launch(
+        convolution_kernel,
+        (batch * blocks, triton.cdiv(channels, constants["BD"])),
+        (x, weight.contiguous(), weight if bias is None else bias, state, start, sequence, out, *numbers),
+        constants,
+        WARPS,
+    )
+    return out
+
+
+def _backward(
+    d_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, d_out, weight, (batch, length, channels) = _evenly(x), d_out.contiguous(), weight.contiguous(), x.shape
+    d_x, d_weight, d_bias, d_state = _gradients(d_out, x, weight, bias, state)
+    start, sequence = _documents(cu_seqlens, length, d_out)
+    width, before = weight.shape[1], d_x if state is None else state.contiguous()
+    options = bias is not None, silu
+    constants = _constants(width, *options, state is not None, cu_seqlens is not None, gradient=True)
+    columns = triton.cdiv(channels, constants["BD"])
+    # Whole tiles; few programs of long stretches leave little to add up.
+    stretch = batch * length * columns // PROGRAMS // constants["BT"] * constants["BT"]
+    stretch = min(max(stretch, constants["BT"]), LONGEST)
+    blocks = triton.cdiv(length, stretch)
+    sums = torch.empty(batch * blocks, width + 1, channels, dtype=torch.float32, device=x.device)
+    given = (d_out, x, weight, weight if bias is None else bias, before)
+    launch(
+        gradient_kernel,
+        (batch * blocks, columns),
+        (*given, start, sequence, d_x, sums, length, channels, x.stride(1), blocks, stretch),
+        constants,
+        WARPS,
+    )
+    total = sums.sum(0)
+    d_weight.copy_(total[:width].T)
+    d_bias.copy_(total[width])
+    if state is not None:
+        if cu_seqlens is None:
+            edges = torch.arange(batch + 1, device=x.device) * length
+        else:
+            edges = cu_seqlens.long()
+        small = _state_constants(width, *options)
+        grid = (state.shape[0], triton.cdiv(channels, small["BD"]))
+        tensors = (*given, edges[:-1].contiguous(), edges[1:].contiguous(), d_state)
+        launch(state_gradient_kernel, grid, (*tensors, channels, x.stride(1)), small, WARPS)
+    return d_x, d_weight, d_bias, d_state
+
+
+def _gradients(
+    d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the gradients; without a bias or a state theirs is not read."""
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
+    d_bias = weight.new_empty(weight.shape[0]) if bias is None else torch.empty_like(bias)
+    d_state = x.new_empty(0) if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
+    return d_x, d_weight, d_bias, d_state
+
+
+def _evenly(x: Tensor) -> Tensor:
+    """x, or a copy, with channels side by side and all rows of all batches evenly apart."""
+    even = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+    return x if even else x.contiguous()
+
+
+def _documents(cu_seqlens: Tensor | None, length: int, unused: Tensor) -> tuple[Tensor, Tensor]:
+    """First token and number of each token's document, int32 `[T]`."""
+    if cu_seqlens is None:
+        return unused, unused
+    sequence = varlen.sequence_ids(cu_seqlens, length)
+    return cu_seqlens[sequence].int(), sequence.int()
+
+
+@functools.cache
+def _constants(width: int, biased: bool, silu: bool, state: bool, packed: bool, *, gradient: bool = False) -> Constants:
+    rows, channels = GRADIENT_TILE if gradient else TILE
+    blocks = {"BW": triton.next_power_of_2(width + 1)} if gradient else {}
+    switches = {"BIASED": biased, "SILU": silu, "STATE": state, "PACKED": packed}
+    return Constants(W=width, **blocks, BT=rows, BD=channels, **switches)
+
+
+@functools.cache
+def _state_constants(width: int, biased: bool, silu: bool) -> Constants:
+    block = triton.next_power_of_2(width)
+    return Constants(W=width, BW=block, BD=STATE_CHANNELS, BIASED=biased, SILU=silu)
+
+
+convolution_node = register_node(
+    "short_convolution_kernels(Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? cu_seqlens, bool silu) "
+    "-> Tensor",
+    _forward,
+    lambda x, *others: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+)
+convolution_gradient_node = register_node(
+    "short_convolution_kernels_gradient(Tensor d_out, Tensor x, Tensor weight, Tensor? bias, Tensor? state, "
+    "Tensor? cu_seqlens, bool silu) -> (Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_state)",
+    _backward,
+    _gradients,
+)
