@@ -33,7 +33,7 @@ SPILLED_BYTES = 256
 EXCHANGING = {("lane gradient", 80): 640, ("lane gradient", 90): 320}
 EXCHANGING |= {("wide lane gradient", 80): 4352, ("wide lane gradient", 90): 768}
 FLOAT32 = {"lses", "total", "base_lse", "cos", "sin", "bias", "lse", "delta", "dk", "dv", "d_bias", "line", "sums"}
-FLOAT32 |= {"hidden", "coefficients", "d_hidden", "parts"}
+FLOAT32 |= {"hidden", "coefficients", "d_hidden", "sums"}
 TABLES = {"table", "expires", "ranks", "windows", "ends", "starts", "before", "offsets", "begins"}
 NUMBERS = {
     "R",

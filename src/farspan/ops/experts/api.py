@@ -6,25 +6,37 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ConfigError, ShapeError
-from farspan.ops._backend import register, resolve
+from farspan.ops._backend import no_double, register, resolve
 from farspan.ops._contract import Contract, without_autocast
 from farspan.ops.activations import ACTIVATIONS
 from farspan.ops.experts.reference import product_key_topk_reference, retrieved_experts_reference
 from farspan.ops.experts.torch import product_key_topk_sorted, retrieved_experts_bags
 
-
-def no_double(tensors: Sequence[Tensor]) -> str | None:
-    """Why the kernels cannot serve these tensors; None if they can."""
-    return "the kernels accumulate in float32" if any(x.dtype == torch.float64 for x in tensors) else None
+# What a program of the kernels holds: keys of an axis, chosen experts, numbers of a row.
+MOST_KEYS, MOST_CHOSEN, WIDEST = 1024, 256, 8192
 
 
-register("product_key_topk", reference=product_key_topk_reference, torch=product_key_topk_sorted)
+def too_wide(tensors: Sequence[Tensor]) -> str | None:
+    """Why the kernels of experts cannot serve these tensors; None if they can."""
+    if tensors[0].shape[1] > WIDEST:
+        return f"the kernels hold rows of at most D={WIDEST} numbers, not {tensors[0].shape[1]}"
+    return no_double(tensors)
+
+
+register(
+    "product_key_topk",
+    reference=product_key_topk_reference,
+    torch=product_key_topk_sorted,
+    triton="farspan.ops.experts.routing_triton:product_key_topk_triton",
+    triton_limits=no_double,
+    automatic=False,
+)
 register(
     "retrieved_experts",
     reference=retrieved_experts_reference,
     torch=retrieved_experts_bags,
     triton="farspan.ops.experts.triton:retrieved_experts_triton",
-    triton_limits=no_double,
+    triton_limits=too_wide,
     automatic=False,
 )
 
@@ -44,7 +56,7 @@ def product_key_topk(scores_x: Tensor, scores_y: Tensor, k: int, *, backend: str
         scores_x: `[N, H, P]`, any floating dtype: for each of N tokens and H heads the P keys of the first axis.
         scores_y: `[N, H, P]`: those of the second axis.
         k: number of experts to choose, 1 ≤ k ≤ P².
-        backend: `"auto"`, `"reference"` or `"torch"`.
+        backend: `"auto"`, `"reference"`, `"torch"` or `"triton"`.
 
     Returns:
         The scores, `[N, H, k]` in the dtype of `scores_x`, falling along the last dimension, and the ids, `[N, H, k]`
@@ -80,7 +92,10 @@ def product_key_topk(scores_x: Tensor, scores_y: Tensor, k: int, *, backend: str
     experts = contract.sizes["P"] ** 2
     if not 1 <= k <= experts:
         raise ConfigError(f"product_key_topk: k={k} must lie between 1 and P²={experts}.")
-    implementation = resolve("product_key_topk", backend, (scores_x, scores_y))
+    beyond = None
+    if contract.sizes["P"] > MOST_KEYS or k > MOST_CHOSEN:
+        beyond = f"the kernels rank at most P={MOST_KEYS} keys and choose at most k={MOST_CHOSEN}"
+    implementation = resolve("product_key_topk", backend, (scores_x, scores_y), beyond_kernels=beyond)
     return implementation(scores_x, scores_y, k)
 
 

@@ -10,7 +10,6 @@ Three maps carry everything, and each is the gradient of the others, so that der
 by token in `mix` and by expert in `gather`: nothing is added atomically and results do not depend on timing.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +30,7 @@ def product_key_topk_sorted(scores_x: Tensor, scores_y: Tensor, k: int) -> tuple
     k·ln k candidates remain of P².
     """
     keys, device = scores_x.shape[-1], scores_x.device
-    ranks = [(i, j) for i in range(min(k, keys)) for j in range(min(k // (i + 1), keys))]
-    rank_x, rank_y = torch.tensor(ranks, device=device).unbind(-1)
+    rank_x, rank_y = torch.tensor(candidate_ranks(k, keys), device=device).unbind(-1)
     with torch.no_grad():
         x, order_x = (t[..., :k] for t in scores_x.sort(dim=-1, descending=True, stable=True))
         y, order_y = (t[..., :k] for t in scores_y.sort(dim=-1, descending=True, stable=True))
@@ -42,11 +40,20 @@ def product_key_topk_sorted(scores_x: Tensor, scores_y: Tensor, k: int) -> tuple
     return scores_x.gather(-1, chosen_x) + scores_y.gather(-1, chosen_y), chosen_x * keys + chosen_y
 
 
+def candidate_ranks(k: int, keys: int) -> list[tuple[int, int]]:
+    """The pairs of ranks on both axes, counted from 0, whose sums can be among the best k."""
+    return [(i, j) for i in range(min(k, keys)) for j in range(min(k // (i + 1), keys))]
+
+
 def retrieved_experts_bags(
     x: Tensor, expert_ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, *, activation: str
 ) -> Tensor:
     """The fast form of `retrieved_experts`; arguments and result as the reference's."""
-    return compose(x, expert_ids, weights, down, up, activation, MAPS)
+    differentiated = torch.is_grad_enabled() and (down.requires_grad or up.requires_grad)
+    slots = Slots.of(expert_ids, len(down)) if differentiated else Slots(expert_ids, expert_ids, expert_ids)
+    hidden = _Dots.apply(x.to(down.dtype), down, *slots)
+    coefficients = weights.to(hidden.dtype) * ACTIVATIONS[activation](hidden)
+    return _Mix.apply(coefficients, up, *slots).to(x.dtype)
 
 
 class Slots(NamedTuple):
@@ -68,31 +75,6 @@ class Slots(NamedTuple):
         return cls(ids, order, torch.searchsorted(by_expert, torch.arange(experts + 1, device=ids.device)))
 
 
-class Maps(NamedTuple):
-    """How the three maps are computed.
-
-    Attributes:
-        dots: `(x [N, D], ids [N, R], table [E, D])` → `[N, R]`, accumulated in float32 at least.
-        mix: `(coefficients [N, R], ids, table)` → `[N, D]` in the table's dtype.
-        gather: `(coefficients, slots' ids, order and begins, x)` → `[E, D]` in x's dtype.
-    """
-
-    dots: Callable[[Tensor, Tensor, Tensor], Tensor]
-    mix: Callable[[Tensor, Tensor, Tensor], Tensor]
-    gather: Callable[..., Tensor]
-
-
-def compose(
-    x: Tensor, expert_ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, activation: str, maps: Maps
-) -> Tensor:
-    """`retrieved_experts` from the three maps."""
-    differentiated = torch.is_grad_enabled() and (down.requires_grad or up.requires_grad)
-    slots = Slots.of(expert_ids, len(down)) if differentiated else Slots(expert_ids, expert_ids, expert_ids)
-    hidden = _Dots.apply(x.to(down.dtype), down, maps, *slots)
-    coefficients = weights.to(hidden.dtype) * ACTIVATIONS[activation](hidden)
-    return _Mix.apply(coefficients, up, maps, *slots).to(x.dtype)
-
-
 def _dots(x: Tensor, ids: Tensor, table: Tensor) -> Tensor:
     out = x.new_empty(ids.shape, dtype=compute_dtype(x, table))
     step = max(1, STRETCH[x.is_cuda] // max(1, ids.shape[1] * x.shape[1]))
@@ -112,56 +94,46 @@ def _gather(coefficients: Tensor, ids: Tensor, order: Tensor, begins: Tensor, x:
     return F.embedding_bag(order // ids.shape[1], x, begins[:-1], mode="sum", per_sample_weights=shares)
 
 
-MAPS = Maps(_dots, _mix, _gather)
-
-
 class _Dots(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, table: Tensor, maps: Maps, ids: Tensor, order: Tensor, begins: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, table: Tensor, ids: Tensor, order: Tensor, begins: Tensor) -> Tensor:
         ctx.save_for_backward(x, table, ids, order, begins)
-        ctx.maps = maps
-        return maps.dots(x, ids, table)
+        return _dots(x, ids, table)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, table, *slots = ctx.saved_tensors
         (d_out,) = gradients
-        dx = _Mix.apply(d_out, table, ctx.maps, *slots) if ctx.needs_input_grad[0] else None
-        d_table = _Gather.apply(d_out, x, ctx.maps, *slots) if ctx.needs_input_grad[1] else None
-        return dx, d_table, None, None, None, None
+        dx = _Mix.apply(d_out, table, *slots) if ctx.needs_input_grad[0] else None
+        d_table = _Gather.apply(d_out, x, *slots) if ctx.needs_input_grad[1] else None
+        return dx, d_table, None, None, None
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, coefficients: Tensor, table: Tensor, maps: Maps, ids: Tensor, order: Tensor, begins: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, coefficients: Tensor, table: Tensor, ids: Tensor, order: Tensor, begins: Tensor) -> Tensor:
         ctx.save_for_backward(coefficients, table, ids, order, begins)
-        ctx.maps = maps
-        return maps.mix(coefficients, ids, table)
+        return _mix(coefficients, ids, table)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         coefficients, table, *slots = ctx.saved_tensors
         (d_out,) = gradients
-        d_coefficients = _Dots.apply(d_out, table, ctx.maps, *slots) if ctx.needs_input_grad[0] else None
-        d_table = _Gather.apply(coefficients, d_out, ctx.maps, *slots) if ctx.needs_input_grad[1] else None
-        return d_coefficients, d_table, None, None, None, None
+        d_coefficients = _Dots.apply(d_out, table, *slots) if ctx.needs_input_grad[0] else None
+        d_table = _Gather.apply(coefficients, d_out, *slots) if ctx.needs_input_grad[1] else None
+        return d_coefficients, d_table, None, None, None
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, coefficients: Tensor, x: Tensor, maps: Maps, ids: Tensor, order: Tensor, begins: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, coefficients: Tensor, x: Tensor, ids: Tensor, order: Tensor, begins: Tensor) -> Tensor:
         ctx.save_for_backward(coefficients, x, ids, order, begins)
-        ctx.maps = maps
-        return maps.gather(coefficients, ids, order, begins, x)
+        return _gather(coefficients, ids, order, begins, x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         coefficients, x, *slots = ctx.saved_tensors
         (d_table,) = gradients
-        d_coefficients = _Dots.apply(x, d_table, ctx.maps, *slots) if ctx.needs_input_grad[0] else None
-        dx = _Mix.apply(coefficients, d_table, ctx.maps, *slots) if ctx.needs_input_grad[1] else None
-        return d_coefficients, dx, None, None, None, None
+        d_coefficients = _Dots.apply(x, d_table, *slots) if ctx.needs_input_grad[0] else None
+        dx = _Mix.apply(coefficients, d_table, *slots) if ctx.needs_input_grad[1] else None
+        return d_coefficients, dx, None, None, None

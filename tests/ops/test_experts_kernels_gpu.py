@@ -1,0 +1,55 @@
+"""The kernels of experts on a GPU: the PyTorch form's choice, and the same bits every time, busy experts included."""
+
+import pytest
+import torch
+
+from farspan.ops import product_key_topk, retrieved_experts
+from tests import tolerances
+from tests.ops.checks import Named, assert_same, cast, outputs_and_gradients
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is available"),
+]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("keys", "k"), [(128, 64), (1000, 64), (100, 16), (7, 40), (300, 200)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_topk_is_the_torch_form_s(dtype: torch.dtype, keys: int, k: int, tied: bool) -> None:
+    scores = torch.randn(2, 200, 2, keys, device="cuda")
+    x = {name: (s.round() if tied else s).to(dtype) for name, s in zip(("x", "y"), scores, strict=True)}
+    chosen, found = [], []
+    for backend in ("triton", "torch"):
+
+        def call(x: torch.Tensor, y: torch.Tensor, backend: str = backend) -> tuple[torch.Tensor, torch.Tensor]:
+            best, ids = product_key_topk(x, y, k, backend=backend)
+            chosen.append(ids)
+            return best.cpu(), torch.zeros(())
+
+        found.append(outputs_and_gradients(call, x))
+    assert torch.equal(*chosen)
+    assert_same(*found, tolerances.BFLOAT16)
+
+
+def experts(x: Named, ids: torch.Tensor, backend: str) -> Named:
+    return outputs_and_gradients(
+        lambda **t: (retrieved_experts(expert_ids=ids, backend=backend, **t).cpu(), torch.zeros(())), x
+    )
+
+
+@pytest.mark.parametrize("busy", [0.0, 0.5, 1.0])
+def test_two_hundred_launches_give_the_same_bits(busy: float) -> None:
+    """A share of all slots goes to one expert, whose sums are made of pieces."""
+    x = {name: torch.randn(shape, device="cuda") for name, shape in {"x": (500, 384), "weights": (500, 16)}.items()}
+    x |= {name: torch.randn(1024, 384, device="cuda") * 384**-0.5 for name in ("down", "up")}
+    x = cast(x, torch.bfloat16)
+    ids = torch.randint(1024, (500, 16), device="cuda")
+    ids = torch.where(torch.rand(ids.shape, device="cuda") < busy, 7, ids)
+    first = experts(x, ids, "triton")
+    assert_same(first, experts(cast(x, torch.float64), ids, "torch"), 2 * tolerances.BFLOAT16)
+    other = torch.randn(1024, 1024, device="cuda")
+    for _ in range(200):
+        torch.mm(other, other)
+        again = experts(x, ids, "triton")
+        assert all(torch.equal(again[name], first[name]) for name in first)
