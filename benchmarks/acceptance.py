@@ -5,7 +5,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ def _times(row: Row) -> float:
 
 
 def first_calls(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The first call of every row that asks for it, two processes at a time."""
+    """The first call of every row that asks for it, one process after the other."""
 
     def first(row: Row) -> dict[str, Any]:
         found: dict[str, Any] = {"operator": row.case, "rows": row.rows, "tokens": row.tokens}
@@ -98,8 +97,7 @@ def first_calls(rows: Sequence[Row]) -> list[dict[str, Any]]:
             return found | {"note": str(error), "limits": [_limit("first_call_s", None, "at most", FIRST_CALL)]}
         return found | {"limits": [_limit("first_call_s", seconds, "at most", FIRST_CALL)]}
 
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(first, [row for row in rows if row.cold]))
+    return [first(row) for row in rows if row.cold]
 
 
 def errors_of(

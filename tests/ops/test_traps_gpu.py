@@ -60,6 +60,19 @@ def test_two_hundred_launches_between_other_kernels_agree(name: str) -> None:
                 assert torch.equal(again[key], want), key
 
 
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_a_gradient_that_is_one_number_seen_everywhere_is_read_as_such(name: str) -> None:
+    workload = CASES[name].make(2, 300, BF16, CUDA)
+    found = []
+    for dense in (True, False):
+        workload.forget()
+        out = workload.call(workload.leaves)
+        out.backward(torch.ones_like(out) if dense else torch.ones((), device="cuda", dtype=out.dtype).expand_as(out))
+        found.append({key: x.grad for key, x in workload.leaves.items() if x.grad is not None})
+    for key, want in found[0].items():
+        assert_close(found[1][key], want, tolerances.BFLOAT16, key)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if name not in LAYERS])
 def test_more_elements_than_32_bits_count(name: str) -> None:
@@ -85,15 +98,18 @@ def test_more_elements_than_32_bits_count(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_no_length_compiles_kernels_of_its_own(name: str) -> None:
+def test_no_length_compiles_kernels_of_its_own(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from farspan.ops import _launch
 
-    results(CASES[name].make(2, 101, BF16, CUDA))
-    torch.cuda.synchronize()
-    before = len(_launch._compiled)
-    for tokens in (112, 128, 97):
+    def compiled(tokens: int) -> int:
         results(CASES[name].make(2, tokens, BF16, CUDA))
-    assert len(_launch._compiled) == before
+        for begun in list(_launch._pending.values()):
+            begun.result()
+        return len(list(tmp_path.rglob("*.cubin")))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    first = compiled(101)
+    assert [compiled(tokens) for tokens in (112, 128, 97)] == [first] * 3
 
 
 def compare(op: Callable[..., object], x: Named, backend: str = "triton") -> None:

@@ -1,5 +1,7 @@
 """Softmax attention through PyTorch's fused kernels, never with a T×T mask where one can be avoided."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -97,4 +99,27 @@ def _sdpa(
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
-    return out.transpose(1, 2)
+    return dense_gradient(out.transpose(1, 2))
+
+
+def dense_gradient(out: Tensor) -> Tensor:
+    """The same, to be differentiated by cuDNN, which reads a gradient with a stride of 0 (of `out.sum()`) wrongly."""
+    dense: Tensor = _DenseGradient.apply(out) if out.is_cuda and out.requires_grad else out
+    return dense
+
+
+class _DenseGradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(out: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass  # nothing is kept
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        return gradient.contiguous() if 0 in gradient.stride() else gradient
