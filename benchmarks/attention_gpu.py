@@ -11,6 +11,7 @@ is replayed in turns with it.
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -123,23 +124,36 @@ def precision(name: str, case: str, x: Named, exact: Call, fast: Call, rounded: 
 
 def dilated_checks() -> list[dict[str, Any]]:
     found = []
-    cases = {
-        "LongNet's ratios": (2048, 12, 64, [128, 256, 512, 1024, 2048], [1, 2, 4, 6, 12]),
-        "ragged": (1999, 4, 48, [500, 1200, 3000], [1, 3, 7]),
-        "K=128, no dense pattern": (1500, 3, 128, [600, 1500], [2, 5]),
+    cases: dict[str, tuple[int, int, int, list[int], list[int], list[int], bool]] = {
+        "LongNet's ratios": (2048, 12, 64, [128, 256, 512, 1024, 2048], [1, 2, 4, 6, 12], [], False),
+        "ragged": (1999, 4, 48, [500, 1200, 3000], [1, 3, 7], [], False),
+        "K=128, no dense pattern": (1500, 3, 128, [600, 1500], [2, 5], [], False),
+        "bias": (2048, 12, 64, [128, 256, 512, 1024, 2048], [1, 2, 4, 6, 12], [], True),
+        "packed": (1999, 4, 48, [500, 1200], [1, 3], [700, 701, 1500], False),
+        "bias, packed, K=128": (1500, 3, 128, [600, 1500], [1, 5], [900], True),
     }
-    for case, (length, heads, width, segments, dilations) in cases.items():
-        added, patterns = log_counts(length, heads, segments, dilations), {"segment_lengths": segments}
-        patterns |= {"dilations": dilations}
+    for case, (length, heads, width, segments, dilations, inner, biased) in cases.items():
+        bounds = [0, *inner, length]
+        added = torch.full((heads, length, length), float("-inf"), device="cuda")
+        for start, end in pairwise(bounds):
+            added[:, start:end, start:end] = log_counts(end - start, heads, segments, dilations)
+        places = torch.arange(length, device="cuda")
+        distance = places - places[:, None] + length - 1
+        options: dict[str, Any] = {"segment_lengths": segments, "dilations": dilations}
+        if inner:
+            options["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32, device="cuda")
         for dtype in (torch.bfloat16, torch.float16):
-            x = {key: normal(2, length, heads, width, dtype=dtype) for key in "qkv"}
-            exact, fast = (
-                lambda q, k, v, backend=backend, patterns=patterns: dilated_attention(
-                    q, k, v, **patterns, backend=backend
-                )
-                for backend in ("torch", "triton")
-            )
-            rounded = lambda q, k, v, added=added: rounded_attention(q, k, v, added)  # noqa: E731
+            x = {key: normal(1 if inner else 2, length, heads, width, dtype=dtype) for key in "qkv"}
+            if biased:
+                x["distance_bias"] = torch.randn(heads, 2 * length - 1, device="cuda")
+            exact, fast = (partial(dilated_attention, **options, backend=backend) for backend in ("torch", "triton"))
+
+            def rounded(
+                q: Tensor, k: Tensor, v: Tensor, distance_bias: Tensor | None = None, added: Tensor = added
+            ) -> Tensor:
+                bias = 0.0 if distance_bias is None else distance_bias[:, distance]  # noqa: B023
+                return rounded_attention(q, k, v, added + bias)
+
             found.append(precision("dilated", f"{case}, {str(dtype)[6:]}", x, exact, fast, rounded))
     return found
 

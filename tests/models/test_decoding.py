@@ -10,7 +10,16 @@ from farspan.models import decoding
 from farspan.models.decoding import Choice, capture_reason, decode, on_host
 from tests.models.conftest import tiny
 
-STEPPING = ["collinear", "collinear_strict", "softmax", "softmax_post_norm", "window", "hybrid", "hybrid_parallel"]
+STEPPING = [
+    "collinear",
+    "collinear_strict",
+    "softmax",
+    "softmax_post_norm",
+    "window",
+    "hybrid",
+    "hybrid_parallel",
+    "dilated",
+]
 
 
 def prompt(rows: int = 2, length: int = 9) -> torch.Tensor:
@@ -114,7 +123,7 @@ def test_a_memory_that_a_loop_used_up_is_refused() -> None:
         model(prompt(), past_key_values=cache)
 
 
-@pytest.mark.parametrize("mix", ["collinear", "collinear_strict", "softmax", "window", "hybrid"])
+@pytest.mark.parametrize("mix", ["collinear", "collinear_strict", "softmax", "window", "hybrid", "dilated"])
 def test_room_is_made_again_and_again(mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(mix)
     want = list(decode(model, prompt(), max_new_tokens=12))
@@ -122,7 +131,7 @@ def test_room_is_made_again_and_again(mix: str, monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(torch.stack(list(decode(model, prompt(), max_new_tokens=12))), torch.stack(want))
 
 
-@pytest.mark.parametrize("mix", ["collinear", "softmax", "window"])
+@pytest.mark.parametrize("mix", ["collinear", "softmax", "window", "dilated"])
 def test_padding_between_texts_is_moved_ahead(mix: str) -> None:
     model, ids = tiny(mix), prompt(length=6)
     mask, caches = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]]), [model.new_cache(), model.new_cache()]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from farspan.errors import ConfigError, ShapeError, nearest
 from farspan.mixers.base import CacheKind, Mixer, MixerShape, linear_flops
 from farspan.mixers.cache import LayerCache
+from farspan.mixers.dilated_cache import DilatedCache
 from farspan.mixers.layout import SequenceLayout
 from farspan.nn.norms import make_norm
 from farspan.nn.positions import alibi_bias, apply_rotary, relative_position_bias, xpos_rates
 from farspan.ops.dilated.api import check_patterns, dilated_attention
-from farspan.ops.dilated.live import LivePattern, dilated_attention_live, live_patterns, write_live
+from farspan.ops.dilated.live import LivePattern, live_patterns
 from farspan.ops.dilated.patterns import OFFSET_RULES, PAD_MODES, DilatedSettings, score_entries
 
 ROTATIONS = ("rope", "xpos")
@@ -164,7 +166,8 @@ class DilatedMixer(Mixer):
             q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         assert cache is None or isinstance(cache, DilatedCache)
         past = 0 if cache is None else cache.length
-        settings = self._settings(past + x.shape[1], x.device)
+        form = partial(self._settings, past + x.shape[1], x.device)
+        settings = form() if cache is None else cache.settings(form)
 
         def attend(values: Tensor) -> Tensor:
             packed = dilated_attention(
@@ -238,81 +241,6 @@ class DilatedMixer(Mixer):
     def state_bytes(self, length: int, dtype: torch.dtype) -> int:
         rows = sum(pattern.rows(length) for pattern in self._live_patterns())
         return 2 * rows * self.key_heads * self.head_dim * dtype.itemsize + torch.int64.itemsize
-
-
-class DilatedCache(LayerCache):
-    """The keys and values that a later query can still see, per pattern, and the number of tokens each row has read.
-
-    The buffers grow by half when they are full, up to ⌈w/r⌉ rows (times the offsets that share a key head) and a spare.
-
-    Args:
-        patterns: from `live_patterns`.
-    """
-
-    def __init__(self, patterns: Sequence[LivePattern]) -> None:
-        super().__init__()
-        self.patterns = list(patterns)
-        self.length = 0
-        self._room = 0
-
-    def write(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        """Reads the first tokens, `[B, T, G, K]` and `[B, T, G, V]`; mask `[B, T]`, None when all are real."""
-        real = self._make_room(k, v, mask)
-        write_live(self.patterns, self._buffers(), k.detach(), v.detach(), (real.cumsum(1) - 1).clamp(min=0), real)
-        self._advance(real)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: DilatedSettings) -> Tensor:
-        """Attention of further tokens, `[B, T, H, V]`, which are then part of the past.
-
-        Raises:
-            ConfigError: with `zero_keys` where a dilation does not divide its segment: that needs past queries.
-        """
-        if settings.filling([(0, self.length + q.shape[1])]):
-            raise ConfigError(
-                "pad_mode='zero_keys' with a dilation that does not divide its segment length puts outputs of past "
-                "queries in the place of new ones, which no cache holds; use pad_mode='mask', or use_cache=False."
-            )
-        real = self._make_room(k, v, mask)
-        out = dilated_attention_live(
-            q,
-            k,
-            v,
-            patterns=self.patterns,
-            buffers=self._buffers(),
-            seen=self.tensors["seen"],
-            real=real,
-            settings=settings,
-        )
-        self._advance(real)
-        return out
-
-    def reset(self) -> None:
-        super().reset()
-        self.length = self._room = 0
-
-    def _buffers(self) -> list[tuple[Tensor, Tensor]]:
-        return [(self.tensors[f"keys{i}"], self.tensors[f"values{i}"]) for i in range(len(self.patterns))]
-
-    def _make_room(self, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        rows, new = k.shape[:2]
-        if "seen" not in self.tensors:
-            self.tensors["seen"] = torch.zeros(rows, dtype=torch.int64, device=k.device)
-        needed = self.length + new
-        if needed > self._room:
-            self._room = needed + (needed // 2 if self._room else 0)
-            for i, pattern in enumerate(self.patterns):
-                for name, like in ((f"keys{i}", k), (f"values{i}", v)):
-                    held = self.tensors.get(name)
-                    if held is None:
-                        shape = (rows, pattern.rows(self._room), *like.shape[2:])
-                        self.tensors[name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
-                    else:
-                        self.tensors[name] = pattern.grown(held, self._room)
-        return torch.ones((rows, new), dtype=torch.bool, device=k.device) if mask is None else mask
-
-    def _advance(self, real: Tensor) -> None:
-        self.tensors["seen"] = self.tensors["seen"] + real.sum(1)
-        self.length += real.shape[1]
 
 
 @dataclass
