@@ -96,6 +96,25 @@ def test_the_benchmarks_measure_what_there_is(name: str, monkeypatch: pytest.Mon
         assert row.peer is not None or (row.slower, row.faster, row.leaner) == (None, None, None)
 
 
+def test_a_limit_is_met_by_a_figure_alone_and_errors_are_held_to_twice_the_other_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    acceptance = importlib.import_module("acceptance")
+    values = (("at most", 1.0, True), ("at most", 1.1, False), ("at least", 0.9, False), ("at least", 1.0, True))
+    for side, value, met in values:
+        assert acceptance._limit("both_ms", value, side, 1.0)["met"] is met
+    assert acceptance._limit("both_ms", None, "at most", 1.0)["met"] is False
+    exact = {"out": torch.tensor([1.0, 2.0], dtype=torch.float64)}
+    near, twice, far = ({"out": exact["out"] + error} for error in (0.01, 0.0199, 0.0201))
+    assert acceptance.errors_of(exact, [twice, twice], near)[1]
+    assert not acceptance.errors_of(exact, [far, far], near)[1]
+    errors, passed = acceptance.errors_of(exact, [near, {"out": near["out"] + 0.03}], near)  # runs that disagree
+    assert not passed
+    assert errors["out"]["kernel"] == pytest.approx(0.005)
+    assert errors["out"]["between_runs"] == pytest.approx(0.015)
+
+
 class Fake:
     """An operator whose tiles are fast, slow, wrong or refused."""
 
