@@ -14,6 +14,7 @@ from farspan.errors import ConfigError, ShapeError
 from farspan.ops import product_key_topk, retrieved_experts
 from farspan.ops.activations import ACTIVATIONS
 from farspan.ops.experts import torch as fast_form
+from farspan.ops.experts.api import too_wide
 from tests import tolerances
 from tests.ops.checks import assert_close
 
@@ -177,6 +178,18 @@ def test_no_tensor_per_slot_and_channel(monkeypatch: pytest.MonkeyPatch) -> None
     with _Largest() as largest:
         with_gradients("reference", t)
     assert largest.numel == tokens * slots * width
+
+
+@given(keys=st.integers(1, 40), k=st.integers(1, 80))
+def test_candidates_are_the_pairs_with_less_than_k_before_them(keys: int, k: int) -> None:
+    pairs = [[i, j] for i in range(keys) for j in range(keys) if (i + 1) * (j + 1) <= k]
+    assert fast_form.candidate_ranks(k, keys, torch.device("cpu")).mT.tolist() == pairs
+
+
+def test_kernels_say_what_they_do_not_serve() -> None:
+    assert "at most D=8192 numbers, not 9000" in str(too_wide([torch.empty(1, 9000)]))
+    assert "float32" in str(too_wide([torch.empty(1, 5, dtype=torch.float64)]))
+    assert too_wide([torch.empty(1, 8192)]) is None
 
 
 def test_candidates_are_few() -> None:

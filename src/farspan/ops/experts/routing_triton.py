@@ -51,7 +51,8 @@ class _Spread(torch.autograd.Function):
 
 @functools.cache
 def _ranks(k: int, keys: int, device: torch.device) -> Tensor:
-    return torch.tensor(candidate_ranks(k, keys), dtype=torch.int32, device=device).mT.contiguous()
+    # From the host: what is made while a CUDA graph is captured must not outlive it.
+    return candidate_ranks(k, keys, torch.device("cpu")).to(device, torch.int32)
 
 
 def _choose(scores_x: Tensor, scores_y: Tensor, k: int) -> tuple[Tensor, Tensor]:

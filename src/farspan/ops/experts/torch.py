@@ -30,7 +30,7 @@ def product_key_topk_sorted(scores_x: Tensor, scores_y: Tensor, k: int) -> tuple
     k·ln k candidates remain of P².
     """
     keys, device = scores_x.shape[-1], scores_x.device
-    rank_x, rank_y = torch.tensor(candidate_ranks(k, keys), device=device).unbind(-1)
+    rank_x, rank_y = candidate_ranks(k, keys, device)
     with torch.no_grad():
         x, order_x = (t[..., :k] for t in scores_x.sort(dim=-1, descending=True, stable=True))
         y, order_y = (t[..., :k] for t in scores_y.sort(dim=-1, descending=True, stable=True))
@@ -40,9 +40,17 @@ def product_key_topk_sorted(scores_x: Tensor, scores_y: Tensor, k: int) -> tuple
     return scores_x.gather(-1, chosen_x) + scores_y.gather(-1, chosen_y), chosen_x * keys + chosen_y
 
 
-def candidate_ranks(k: int, keys: int) -> list[tuple[int, int]]:
-    """The pairs of ranks on both axes, counted from 0, whose sums can be among the best k."""
-    return [(i, j) for i in range(min(k, keys)) for j in range(min(k // (i + 1), keys))]
+def candidate_ranks(k: int, keys: int, device: torch.device) -> Tensor:
+    """The pairs of ranks on both axes, counted from 0, whose sums can be among the best k: `[2, candidates]` int64.
+
+    They are made on the device: a copy from the host could not stand in a CUDA graph.
+    """
+    rows = min(k, keys)
+    partners = (k // torch.arange(1, rows + 1, device=device)).clamp(max=keys)
+    candidates = sum(min(k // i, keys) for i in range(1, rows + 1))
+    rank_x = torch.arange(rows, device=device).repeat_interleave(partners, output_size=candidates)
+    begins = partners.cumsum(0) - partners
+    return torch.stack((rank_x, torch.arange(candidates, device=device) - begins[rank_x]))
 
 
 def retrieved_experts_bags(
@@ -71,8 +79,11 @@ class Slots(NamedTuple):
 
     @classmethod
     def of(cls, ids: Tensor, experts: int) -> "Slots":
-        by_expert, order = ids.flatten().sort(stable=True)
-        return cls(ids, order, torch.searchsorted(by_expert, torch.arange(experts + 1, device=ids.device)))
+        # The sort takes its time by the bytes of its keys.
+        narrow = torch.int16 if experts < 2**15 else torch.int32 if experts < 2**31 else torch.int64
+        by_expert, order = ids.flatten().to(narrow).sort(stable=True)
+        numbers = torch.arange(experts + 1, device=ids.device, dtype=narrow)
+        return cls(ids, order, torch.searchsorted(by_expert, numbers))
 
 
 def _dots(x: Tensor, ids: Tensor, table: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from farspan.ops._library import register_node
 from farspan.ops.experts import kernels
-from farspan.ops.experts.torch import retrieved_experts_bags
+from farspan.ops.experts.torch import Slots, retrieved_experts_bags
 
 # Rows read together and warps of a program: of dots, of mixtures (with the channels of a program), of gradients.
 DOTS, MIX, GRADIENT = (8, 4), (16, 512, 4), (4, 4)
@@ -99,11 +99,8 @@ class _Pieces(NamedTuple):
 
     @classmethod
     def of(cls, ids: Tensor, experts: int) -> "_Pieces":
-        # The sort takes its time by the bytes of its keys.
-        narrow = torch.int16 if experts < 2**15 else torch.int32
-        by_expert, order = ids.flatten().to(narrow).sort(stable=True)
-        ends = torch.arange(experts + 1, device=ids.device, dtype=narrow)
-        begins = torch.searchsorted(by_expert, ends, out_int32=True)
+        _, order, begins = Slots.of(ids, experts)
+        begins = begins.int()
         pieces = (begins.diff() + (PIECE - 1)) // PIECE
         piece_ends = pieces.cumsum(0)
         part_ends = (pieces * (pieces > 1)).cumsum(0)
