@@ -160,15 +160,13 @@ def test_pinned_states_stay_where_they_are() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "mix", ["metala", "cosine", "cosine_gpt", "ssd", "hybrid_state", "dynamic_mask", "dynamic_mask_query", *STEPPING]
-)
+@pytest.mark.parametrize("mix", ["metala", "cosine", "cosine_gpt", "ssd", "hybrid_state", *STEPPING])
 @pytest.mark.parametrize("choice", [Choice(), Choice(0.9, 20, 0.9)])
 def test_the_captured_loop_equals_the_eager_one(mix: str, choice: Choice) -> None:
     fields = {"mixers": ["metala", "ssd", "cosine"]} if mix == "hybrid_state" else {}
     model = tiny("metala" if mix == "hybrid_state" else mix, **fields).cuda()
     ids = prompt().cuda()
-    assert capture_reason(model) is None
+    assert (capture_reason(model) is None) == (mix != "dilated")
     runs = []
     for capture in (False, True):
         torch.manual_seed(5)
