@@ -27,7 +27,9 @@ from farspan.ops.gated_linear.tiles import EXTREME_PREPARE, NARROWEST, Tiles, ti
 pytestmark = pytest.mark.slow
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-SPILLED_BYTES = 512  # a stack frame of the common kernels; those for extreme chunks may need more
+SPILLED_BYTES = 128  # of the common kernels; those for extreme chunks may need more
+# Common kernels that spill more, by name and key channels.
+SPILLING = {("prepare_kernel", 64): 192, ("gradient_kernel", 64): 304, ("gradient_kernel", 128): 680}
 INTEGERS, FLOATS = {"rows", "count", "H", "R"}, {"scale", "tau", "eps", "low", "high"}
 TABLES = {"segments", "chunks", "offsets"}
 ALWAYS_FLOAT32 = {
@@ -126,5 +128,5 @@ def test_kernels_compile(architecture: int, dtype: torch.dtype, width: int, deca
         if architecture == 90 and dtype == torch.bfloat16:
             if name not in ("scan_kernel", "row_kernel", "extreme_prepare_kernel"):
                 assert "wgmma.mma_async" in binary.asm["ptx"], f"{name}: no warp-group matrix instruction"
-            if width == 64 and not name.startswith("extreme"):
-                assert stack_bytes(binary, tmp_path) <= SPILLED_BYTES, name
+            if not name.startswith("extreme"):
+                assert stack_bytes(binary, tmp_path) <= SPILLING.get((name, width), SPILLED_BYTES), name
