@@ -23,7 +23,7 @@ from farspan.ops.metala.step_kernels import step_kernel as metala
 from farspan.ops.short_convolution import kernels as convolutions
 from farspan.ops.short_convolution.step_kernels import step_kernel as convolution
 from farspan.ops.softmax.step_kernels import attend_kernel, merge_kernel
-from farspan.ops.softmax.step_triton import BLOCK, warps_of
+from farspan.ops.softmax.step_triton import BLOCK
 from farspan.ops.ssd.step_kernels import step_kernel as ssd
 from farspan.ops.swiglu.kernels import swiglu_kernel
 
@@ -38,7 +38,7 @@ WHOLE = {
 FLOATS = {"scale", "rotary_scale", "tau", "eps", "low", "high"}
 FLOAT32 = {"p_state", "p_cos", "p_sin", "p_exponent", "p_a", "p_d", "p_bias", "p_w", "p_parts", "p_stats", "p_theta"}
 STATE = {"H": 16, "K": 64, "V": 128, "BK": 64, "BV": 128}
-TAPS = {"W": 4, "BT": 16, "BD": 128, "BIASED": True, "SILU": True, "STATE": True, "PACKED": True}
+TAPS = {"W": 4, "BT": 16, "BD": 128, "BIASED": True, "SILU": True, "STATE": True, "PACKED": True, "EVEN": True}
 FLAGS = {"OWN_KEY": False, "AUGMENT": True, "INSIDE": True, "NORMALIZE": True, "GATED": True}
 SLOTS = {"G": 4, "Q": 4, "MASKED": True, "QB": 16, "BT": BLOCK, "DOT": tl.bfloat16, "PRECISION": "ieee"}
 KERNELS = {
@@ -85,7 +85,7 @@ def compiled(kernel: Any, values: dict[str, Any], architecture: int, warps: int)
 @pytest.mark.parametrize("name", KERNELS)
 def test_step_compiles(name: str, architecture: int, tmp_path: Path) -> None:
     kernel, values = KERNELS[name]
-    warps = warps_of(values["V"]) if "QB" in values else step_warps(values["BK"], values["BV"]) if "BK" in values else 4
+    warps = step_warps(values["BK"], values["BV"]) if "BK" in values and "QB" not in values else 4
     binary = compiled(kernel, values, architecture, warps)
     assert binary.metadata.shared <= SHARED_MEMORY[architecture]
     path = tmp_path / "kernel.cubin"

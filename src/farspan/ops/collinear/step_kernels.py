@@ -19,12 +19,6 @@ def _turn(position, b_theta, turns, rotary_scale):
     return tl.where(turns, tl.cos(b_angle) * rotary_scale, 1.0), tl.where(turns, tl.sin(b_angle) * rotary_scale, 0.0)
 
 
-@triton.jit
-def _turned(b_a, b_b, b_cos, b_sin):
-    """The weights of cos and sin when the angle that they stand for begins later."""
-    return b_a * b_cos + b_b * b_sin, b_b * b_cos - b_a * b_sin
-
-
 @triton.jit(do_not_specialize=["S", "parts", "q_row", "t_row", "v_row"])
 def collinear_kernel(
     p_q, p_t, p_v, p_positions, p_theta, p_keys, p_values, p_mask, p_filled, p_parts, p_stats, scale, rotary_scale,
@@ -69,13 +63,8 @@ def collinear_kernel(
         b_max = tl.sum(b_t[None, :] * (b_a * b_cos + b_b * b_sin), axis=1)
         b_sum += 1.0
         b_out += b_v[None, :]
-    b_cos, b_sin = _turn((now - n + first).to(tl.float32), b_theta, turns, rotary_scale)
-    b_even, b_odd = _turned(b_a, b_b, b_cos[None, :], b_sin[None, :])
     b_angle = o_t.to(tl.float32)[None, :] * b_theta[:, None]
     b_cos, b_sin = tl.cos(b_angle), tl.sin(b_angle)
-    # From one block to the next.
-    b_angle = BT * b_theta[None, :]
-    b_c, b_s = tl.cos(b_angle), tl.sin(b_angle)
     for start in range(first, stop, BT):
         seen = visible(start + o_t, stop, place, p_mask, MASKED)
         at = (tl.zeros((), tl.int64) + start) * G
@@ -83,10 +72,12 @@ def collinear_kernel(
         m_t = seen[None, :] & m_j[:, None]
         b_t = tl.load(p_keys + at * (K // 2) + o_s[None, :] * (K // 2) + o_j[:, None], mask=m_t, other=0.0)
         b_v = tl.load(p_values + at * V + o_s[:, None] * V + o_v[None, :], mask=seen[:, None] & m_v[None, :], other=0.0)
+        b_c, b_s = _turn((now - n + start).to(tl.float32), b_theta, turns, rotary_scale)
+        b_c, b_s = b_c[None, :], b_s[None, :]
         b_t = b_t.to(tl.float32)
-        b_scores = tl.dot(b_even.to(DOT), (b_t * b_cos).to(DOT), input_precision=PRECISION)
-        b_scores = tl.dot(b_odd.to(DOT), (b_t * b_sin).to(DOT), b_scores, input_precision=PRECISION)
-        b_even, b_odd = _turned(b_even, b_odd, b_c, b_s)
+        b_even, b_odd = (b_a * b_c + b_b * b_s).to(DOT), (b_b * b_c - b_a * b_s).to(DOT)
+        b_scores = tl.dot(b_even, (b_t * b_cos).to(DOT), input_precision=PRECISION)
+        b_scores = tl.dot(b_odd, (b_t * b_sin).to(DOT), b_scores, input_precision=PRECISION)
         b_max, b_sum, b_out = fold(b_scores, seen, b_v, b_max, b_sum, b_out, DOT, PRECISION)
     head = row * G * Q + group * Q + o_q
     leave(p_parts, p_stats, b_max, b_sum, b_out, head, m_q, part, parts, o_v, m_v, V)

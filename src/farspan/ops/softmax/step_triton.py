@@ -13,15 +13,8 @@ from farspan.ops._launch_step import dense_rows
 from farspan.ops.softmax.step import Ring
 from farspan.ops.softmax.step_kernels import attend_kernel, merge_kernel
 
-# Slots of a block; stretches at most; warps that a multiprocessor runs side by side.
-BLOCK, MOST_PARTS, SIDE_BY_SIDE = 64, 128, 24
-
-
-def warps_of(width: int) -> int:
-    """Warps of a program for heads of so many channels: with two, wide heads do not fit the registers."""
-    return 2 if width <= 64 else 4
-
-
+# Slots of a block; stretches at most; programs that a multiprocessor runs side by side.
+BLOCK, MOST_PARTS, SIDE_BY_SIDE = 64, 128, 6
 DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -72,8 +65,7 @@ class Split:
     def __init__(self, q: Tensor, ring: Ring, dtype: torch.dtype) -> None:
         self.rows, _, self.heads, _ = q.shape
         slots, groups, width = ring.values.shape[1:]
-        warps = warps_of(max(q.shape[-1], width))
-        programs = SIDE_BY_SIDE // warps * _multiprocessors(q.get_device())
+        programs = SIDE_BY_SIDE * _multiprocessors(q.get_device())
         self.parts = max(1, min(programs // (self.rows * groups), triton.cdiv(slots, 4 * BLOCK), MOST_PARTS))
         self.grid = groups, self.parts, self.rows
         self.sums = q.new_empty((self.rows, self.heads, self.parts, width), dtype=torch.float32)
@@ -93,7 +85,7 @@ class Split:
             "BV": max(16, triton.next_power_of_2(width)),
             "DOT": dot,
             "PRECISION": "ieee",
-            "num_warps": warps,
+            "num_warps": 4,
             "num_stages": 3,
         }
 
