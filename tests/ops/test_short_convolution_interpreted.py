@@ -46,6 +46,12 @@ def test_slices_of_a_wider_product_are_read_in_place() -> None:
     assert torch.equal(got, want)
 
 
+def test_rows_of_whole_16_byte_blocks_match_reference() -> None:
+    x = make(37)
+    channels = {"x": 2, "weight": 0, "bias": 0, "initial_state": 1}
+    check({name: tensor.repeat_interleave(16, dim=channels[name]) for name, tensor in x.items()})
+
+
 def test_float16_sums_in_float32() -> None:
     x = cast(make(40), torch.float16)
     run = partial(short_convolution, backend="reference", output_final_state=True)

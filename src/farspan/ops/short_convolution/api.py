@@ -25,6 +25,7 @@ register(
     torch=short_convolution_shifted,
     triton="farspan.ops.short_convolution.triton:short_convolution_triton",
     triton_limits=_limits,
+    automatic=False,
 )
 
 

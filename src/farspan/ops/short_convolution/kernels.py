@@ -41,6 +41,14 @@ def _document(p_start, p_sequence, o_t, m_t, i_b, PACKED: tl.constexpr):
 
 
 @triton.jit
+def _even(D, x_row, EVEN: tl.constexpr):
+    """Tells the compiler that every row begins at a multiple of 16 numbers, so that it moves 16 bytes at once."""
+    if EVEN:
+        D, x_row = D // 16 * 16, x_row // 16 * 16
+    return D, x_row
+
+
+@triton.jit
 def _tap(p_weight, o_d, m_d, tap, W: tl.constexpr):
     return tl.load(p_weight + o_d * W + tap, mask=m_d, other=0).to(tl.float32)[None, :]
 
@@ -81,9 +89,10 @@ def _before_activation(
 def convolution_kernel(
     p_x, p_weight, p_bias, p_state, p_start, p_sequence, p_out, T, D, x_row, blocks,
     W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    BIASED: tl.constexpr, SILU: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
+    BIASED: tl.constexpr, SILU: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Program (row of the batch and block of tokens, block of channels)."""
+    D, x_row = _even(D, x_row, EVEN)
     i_b, origin = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BT
     o_t, o_d = origin + tl.arange(0, BT), tl.program_id(1) * BD + tl.arange(0, BD)
     m_t, m_d = o_t < T, o_d < D
@@ -103,12 +112,13 @@ def convolution_kernel(
 def gradient_kernel(
     p_d_out, p_x, p_weight, p_bias, p_state, p_start, p_sequence, p_d_x, p_sums, T, D, x_row, blocks, stretch,
     W: tl.constexpr, BW: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    BIASED: tl.constexpr, SILU: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr,
+    BIASED: tl.constexpr, SILU: tl.constexpr, STATE: tl.constexpr, PACKED: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Program (row of the batch and stretch of tokens, block of channels).
 
     Writes the gradient of x, and into `sums` `[programs, W + 1, D]` what the stretch gives to the taps and the bias.
     """
+    D, x_row = _even(D, x_row, EVEN)
     i_b, begin = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * stretch
     o_d, o_w = tl.program_id(1) * BD + tl.arange(0, BD), tl.arange(0, BW)
     m_d = o_d < D

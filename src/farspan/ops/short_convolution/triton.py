@@ -84,7 +84,8 @@ def _forward(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     start, sequence = _documents(cu_seqlens, length, out)
     state = out if state is None else state.contiguous()
-    constants = _constants(weight.shape[1], bias is not None, silu, state is not out, cu_seqlens is not None)
+    switches = bias is not None, silu, state is not out, cu_seqlens is not None
+    constants = _constants(weight.shape[1], *switches, _even(x))
     blocks = triton.cdiv(length, constants["BT"])
     numbers = length, channels, x.stride(1), blocks
     launch(
@@ -111,7 +112,7 @@ def _backward(
     start, sequence = _documents(cu_seqlens, length, d_out)
     width, before = weight.shape[1], d_x if state is None else state.contiguous()
     options = bias is not None, silu
-    constants = _constants(width, *options, state is not None, cu_seqlens is not None, gradient=True)
+    constants = _constants(width, *options, state is not None, cu_seqlens is not None, _even(x), gradient=True)
     columns = triton.cdiv(channels, constants["BD"])
     # Whole tiles; few programs of long stretches leave little to add up.
     stretch = batch * length * columns // PROGRAMS // constants["BT"] * constants["BT"]
@@ -158,6 +159,11 @@ def _evenly(x: Tensor) -> Tensor:
     return x if even else x.contiguous()
 
 
+def _even(x: Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 numbers."""
+    return x.shape[2] % 16 == 0 and x.stride(1) % 16 == 0
+
+
 def _documents(cu_seqlens: Tensor | None, length: int, unused: Tensor) -> tuple[Tensor, Tensor]:
     """First token and number of each token's document, int32 `[T]`."""
     if cu_seqlens is None:
@@ -167,10 +173,12 @@ def _documents(cu_seqlens: Tensor | None, length: int, unused: Tensor) -> tuple[
 
 
 @functools.cache
-def _constants(width: int, biased: bool, silu: bool, state: bool, packed: bool, *, gradient: bool = False) -> Constants:
+def _constants(
+    width: int, biased: bool, silu: bool, state: bool, packed: bool, even: bool, *, gradient: bool = False
+) -> Constants:
     rows, channels = GRADIENT_TILE if gradient else TILE
     blocks = {"BW": triton.next_power_of_2(width + 1)} if gradient else {}
-    switches = {"BIASED": biased, "SILU": silu, "STATE": state, "PACKED": packed}
+    switches = {"BIASED": biased, "SILU": silu, "STATE": state, "PACKED": packed, "EVEN": even}
     return Constants(W=width, **blocks, BT=rows, BD=channels, **switches)
 
 
