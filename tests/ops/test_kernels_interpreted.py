@@ -16,6 +16,8 @@ from farspan.ops.cosine import triton as cosine_triton
 from farspan.ops.cosine.triton import cosine_attention_triton
 from farspan.ops.gated_linear import launches as kernels
 from farspan.ops.gated_linear import plan, rows
+from farspan.ops.gated_linear import triton as gated_linear_triton
+from farspan.ops.gated_linear.launches import Form
 from farspan.ops.gated_linear.triton import gated_linear_attention_triton
 from farspan.ops.metala.triton import metala_attention_triton
 from farspan.ops.ssd import triton as ssd_triton
@@ -251,3 +253,18 @@ def test_nodes_are_registered_as_pytorch_wants_them(packed: bool) -> None:
     out, final, *saved = cosine_triton.cosine_node(*inputs, *options)
     check(cosine_triton.cosine_node, (*inputs, *options))
     check(cosine_triton.cosine_gradient_node, (out, final, *inputs, *saved, *options))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_nodes_of_gated_linear_attention_are_registered_likewise(fused: bool, packed: bool) -> None:
+    check = partial(torch.library.opcheck, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    bounds = boundaries([5, 0, 12]) if packed else None
+    q, k, gate = torch.randn(3, 1, 17, 1, 6).unbind(0)
+    v, state = torch.randn(1, 17, 1, 7), torch.randn(3 if packed else 1, 1, 6, 7)
+    inputs, form = [q, k, v, -gate.abs(), None, state], Form(0.5)
+    if fused:
+        inputs, form = [q, None, v, gate, torch.randn(1, 6), None], Form(0.5, from_logits=True, normalize=True)
+    out, final, *saved = gated_linear_triton.attention_node(*inputs, bounds, *form)
+    check(gated_linear_triton.attention_node, (*inputs, bounds, *form))
+    check(gated_linear_triton.attention_gradient_node, (out, final, *inputs[:5], bounds, out, *saved, *form))
