@@ -1,5 +1,7 @@
 """The kernels of dynamic mask attention in Triton's interpreter, against the definition, forward and gradient."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -102,3 +104,15 @@ def test_gradient_of_the_bias_does_not_round_with_the_output() -> None:
         out = call(*leaves, scale=0.7, selection=Selection(keep=20))
         gradients.append(torch.autograd.grad((out * cotangent.to(out.dtype)).sum(), leaves[3])[0])
     assert_close(gradients[1], gradients[0], tolerances.FLOAT32_STEP, "d_bias")
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_nodes_are_what_they_declare(exact: bool) -> None:
+    q, k, v, bias = (x.detach().float() for x in make(40, heads=(4, 2, 2), batch=1))
+    check = partial(torch.library.opcheck, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    plan = (bias, bias, None, 40, 2, 9)
+    check(kernels.plan_node, plan)
+    inputs = (q, k, v, bias.transpose(1, 2).contiguous(), *kernels.plan_node(*plan))
+    check(kernels.attend_node, (*inputs, 0.7, exact))
+    found = kernels.attend_node(*inputs, 0.7, exact)
+    check(kernels.attend_gradient_node, (torch.randn_like(found[0]), *inputs, *found, 0.7, exact))
