@@ -71,8 +71,8 @@ WIDE_ROWS = ROWS | {"K": 128, "V": 128, "BK": 128, "BV": 128}
 KERNELS: dict[str, tuple[Any, dict[str, Any], int, int, bool]] = {
     "merge boxes": (dilated.merge_kernel, BOXES | {"BASE": 2048}, 4, 3, False),
     "sum boxes": (dilated.sum_kernel, BOXES, 4, 3, False),
-    "rows": (rows.attend_kernel, ROWS, 4, 2, True),
-    "wide rows": (rows.attend_kernel, WIDE_ROWS, 8, 2, True),
+    "rows": (rows.attend_kernel, ROWS | {"BM": 128}, 8, 2, True),
+    "wide rows": (rows.attend_kernel, WIDE_ROWS | {"BM": 128, "BN": 32}, 8, 2, True),
     "rows query gradient": (rows.query_gradient_kernel, ROWS, 4, 2, True),
     "wide rows query gradient": (rows.query_gradient_kernel, WIDE_ROWS, 8, 2, True),
     "rows key gradient": (rows.key_gradient_kernel, ROWS, 4, 2, True),

@@ -26,7 +26,7 @@ CASES = {
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "cudnn_serves", lambda *_: False)
-    monkeypatch.setattr(rows, "blocks", lambda *_: rows.Blocks(16, 8, 4, 1))
+    monkeypatch.setattr(rows, "blocks", lambda *_: rows.Blocks(16, 8, 4, 8, 8, 4, 1))
     monkeypatch.setattr(rows, "PROGRAMS", 24)
 
 

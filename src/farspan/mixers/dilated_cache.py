@@ -22,6 +22,7 @@ class DilatedCache(LayerCache):
     """
 
     can_pin = True
+    captures_unasked = False
 
     def __init__(self, patterns: Sequence[LivePattern]) -> None:
         super().__init__()

@@ -81,6 +81,8 @@ def capture_reason(model: FarspanForCausalLM) -> str | None:
     """Why a decoding step of this model cannot be captured in a CUDA graph, or None if it can."""
     if growing := growing_memories(model):
         return f"the memory of {', '.join(growing)} does not stay in one place"
+    if not all(layer.captures_unasked for layer in model.new_cache().layers):
+        return "a layer's step is captured only when it is asked for (`decode(..., capture=True)`)"
     if model.device.type != "cuda":
         return f"the model is on {model.device.type}; CUDA graphs need an NVIDIA GPU"
     return None

@@ -23,19 +23,25 @@ PROGRAMS = 1024
 
 
 class Blocks(NamedTuple):
-    """Rows of a program and of what it reads at a time, rows for the gradient of a bias, warps, stages of loops."""
+    """Rows of a program and of what it reads at a time and its warps, forward; rows, rows for a bias, warps backward.
 
-    rows: int
+    Loops are pipelined in so many stages.
+    """
+
+    forward: int
+    read: int
+    forward_warps: int
+    backward: int
     bias: int
-    warps: int
+    backward_warps: int
     stages: int
 
 
 def blocks(dtype: torch.dtype, width: int) -> Blocks:
     """The largest that stay in registers."""
     if dtype == torch.float32:
-        return Blocks(32, 32, 4, 1)
-    return Blocks(64, 64, 4, 2) if width <= 64 else Blocks(64, 32, 8, 2)
+        return Blocks(32, 32, 4, 32, 32, 4, 1)
+    return Blocks(128, 64, 8, 64, 64, 4, 2) if width <= 64 else Blocks(128, 32, 8, 64, 32, 8, 2)
 
 
 class _Tiles(NamedTuple):
@@ -55,8 +61,7 @@ def _tiles(bounds: tuple[int, ...], segment: int, dilation: int, block: int, dev
     blocks = (rows + block - 1) // block
     index = _counted(blocks)
     table = torch.stack((starts.repeat_interleave(blocks), widths.repeat_interleave(blocks), index), dim=1)
-    table = table[index.argsort(descending=True, stable=True)].int()
-    return _Tiles(table.to(device), int(rows.max()))
+    return _Tiles(table[index.argsort(descending=True, stable=True)].to(device), int(rows.max()))
 
 
 @functools.lru_cache(maxsize=16)
@@ -84,7 +89,7 @@ def _counted(counts: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _offsets(rule: str, heads: int, dilation: int, device: torch.device) -> Tensor:
-    return torch.tensor(head_offsets(rule, heads, dilation), dtype=torch.int32).to(device)
+    return torch.tensor(head_offsets(rule, heads, dilation)).to(device)
 
 
 @functools.cache
@@ -111,13 +116,13 @@ class _Pattern(NamedTuple):
     reach: int
     line: Tensor | None
 
-    def start(self, kernel: Any, tensors: Sequence[Tensor]) -> None:
-        """Starts a kernel of blocks of rows against others."""
-        call, (rows, _, warps, stages) = self.call, self.call.blocks
+    def start(self, kernel: Any, tensors: Sequence[Tensor], rows: int, others: int, warps: int) -> None:
+        """Starts a kernel of blocks of so many rows against so many others."""
+        call = self.call
         table = call.tiles(self.segment, self.dilation, rows).table
         arguments = (*tensors, table, *self._numbers())
-        constants = call.constants(rows, rows, self.line is not None)
-        launch(kernel, (len(table), call.heads), arguments, constants, warps, stages)
+        constants = call.constants(rows, others, self.line is not None)
+        launch(kernel, (len(table), call.heads), arguments, constants, warps, call.blocks.stages)
 
     def _numbers(self) -> tuple[Any, ...]:
         call, heads = self.call, self.call.heads
@@ -126,8 +131,9 @@ class _Pattern(NamedTuple):
 
     def attend(self, out: Tensor, total: Tensor) -> None:
         """Takes the pattern into a running mixture, in place."""
-        line = total if self.line is None else self.line
-        self.start(kernels.attend_kernel, (self.q, self.k, self.v, line, out, total))
+        line, sizes = total if self.line is None else self.line, self.call.blocks
+        tensors = (self.q, self.k, self.v, line, out, total)
+        self.start(kernels.attend_kernel, tensors, sizes.forward, sizes.read, sizes.forward_warps)
 
     def differentiate(
         self, grad: Tensor, out: Tensor, total: Tensor, gradients: Sequence[Tensor], d_bias: Tensor | None
@@ -138,8 +144,10 @@ class _Pattern(NamedTuple):
         dq, dk, dv = gradients
         if self.tables is not None:
             dq, dk = (torch.zeros_like(x, dtype=torch.float32) for x in (dq, dk))
-        self.start(kernels.query_gradient_kernel, (grad, q, k, v, out, line, total, delta, dq))
-        self.start(kernels.key_gradient_kernel, (grad, q, k, v, line, total, delta, dk, dv))
+        block, warps = self.call.blocks.backward, self.call.blocks.backward_warps
+        for_queries = (grad, q, k, v, out, line, total, delta, dq)
+        self.start(kernels.query_gradient_kernel, for_queries, block, block, warps)
+        self.start(kernels.key_gradient_kernel, (grad, q, k, v, line, total, delta, dk, dv), block, block, warps)
         if self.tables is not None:
             for sums, turned, table in zip(gradients, (dq, dk), self.tables, strict=False):
                 sums.add_(rotate(turned, table.conj()))
@@ -228,7 +236,7 @@ class _Call(NamedTuple):
         """The patterns one by one."""
         bias = self.settings.distance_bias
         for segment, dilation in self.settings.patterns:
-            tiles = self.tiles(segment, dilation, self.blocks.rows)
+            tiles = self.tiles(segment, dilation, self.blocks.backward)
             tables, queries, keys = self._turns(segment), q, k
             if tables is not None:
                 queries, keys = (rotate(x, table).to(x.dtype) for x, table in zip((q, k), tables, strict=True))

@@ -19,7 +19,7 @@ def _block(table, offsets, dilation, B: tl.constexpr):
     offset = tl.load(offsets + tl.program_id(1))
     width = tl.load(entry + 1)
     rows = (tl.maximum(width - offset, 0) + dilation - 1) // dilation
-    return tl.load(entry) + offset, rows, tl.load(entry + 2) * B
+    return tl.load(entry) + offset, rows.to(tl.int32), tl.load(entry + 2).to(tl.int32) * B
 
 
 @triton.jit
@@ -199,8 +199,8 @@ def bias_gradient_kernel(
     for index in range(tl.program_id(0), count, tl.num_programs(0)):
         entry = table + index * 3
         width = tl.load(entry + 1)
-        rows = (tl.maximum(width - offset, 0) + dilation - 1) // dilation
-        token, first = tl.load(entry) + offset, tl.load(entry + 2) * BM
+        rows = ((tl.maximum(width - offset, 0) + dilation - 1) // dilation).to(tl.int32)
+        token, first = tl.load(entry) + offset, tl.load(entry + 2).to(tl.int32) * BM
         start = first + apart * BM
         if (first < rows) & (start >= 0) & (start < rows):
             m, n = first + lane, start + lane
