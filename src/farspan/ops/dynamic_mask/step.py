@@ -122,7 +122,7 @@ def dynamic_mask_step(
     implementation = resolve(op, backend, (q, k, v, *live[:4]))
     with torch.no_grad(), without_autocast(q):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        out: Tensor = implementation(q, k, v, bias, ranking, live, keep, cos, sin, scale)
+        out: Tensor = implementation(q, k, v, bias, ranking, live, keep=keep, cos=cos, sin=sin, scale=scale)
     return out
 
 
@@ -133,6 +133,7 @@ def dynamic_mask_step_torch(
     bias: Tensor,
     ranking: Tensor,
     live: LiveKeys,
+    *,
     keep: int,
     cos: Tensor | None,
     sin: Tensor | None,

@@ -22,10 +22,11 @@ def dynamic_mask_step_triton(
     bias: Tensor,
     ranking: Tensor,
     live: LiveKeys,
+    *,
+    scale: float,
     keep: int,
     cos: Tensor | None,
     sin: Tensor | None,
-    scale: float,
 ) -> Tensor:
     """The kernels' form of `dynamic_mask_step`; arguments as there."""
     q, k, v = (dense_rows(x) for x in (q, k, v))
