@@ -81,10 +81,11 @@ def run_kernels(*tensors: object, keep: int, cos: Tensor, sin: Tensor, backend: 
     from farspan.ops.dynamic_mask.step_triton import dynamic_mask_step_triton
 
     call = dynamic_mask_step_triton if backend == "triton" else dynamic_mask_step_torch
-    return call(*tensors, keep, cos, sin, WIDTH**-0.5)
+    return call(*tensors, keep=keep, cos=cos, sin=sin, scale=WIDTH**-0.5)
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is available")
 @pytest.mark.parametrize("sharing", [1, 2])
 @pytest.mark.parametrize("keep", [1, 60, 300])
 def test_kernels_on_a_card_match_the_formulas(keep: int, sharing: int) -> None:
