@@ -29,7 +29,7 @@ def state_space_duality_triton(
     x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """The kernels' form of `state_space_duality`; arguments and results as the reference's."""
-    if x.shape[-1] > widest(c.dtype):
+    if not holds(c.dtype, c.shape[-1], x.shape[-1]):
         return through(gated_linear_attention_triton, x, dt, a, b, c, d, **options)
     low, high = (min(limit, torch.finfo(torch.float32).max) for limit in options["dt_limit"])
     given = c, b, x, dt, a, d, options["dt_bias"], options["initial_state"]
@@ -38,12 +38,12 @@ def state_space_duality_triton(
     return out, final
 
 
-def widest(dtype: torch.dtype) -> int:
-    """Value channels per head that these kernels hold; beyond, gated linear attention's serve.
+def holds(dtype: torch.dtype, width: int, values: int) -> bool:
+    """Whether these kernels hold so many state and value channels per head; gated linear attention's serve beyond.
 
-    In float32 the tiles of a chunk of 128 channels are more than the shared memory of a card.
+    In float32 a chunk of 64 tokens of 128 channels is more than the shared memory of a card of compute capability 8.0.
     """
-    return rows.WIDEST // 2 if dtype == torch.float32 else rows.WIDEST
+    return max(width, values) <= rows.WIDEST // 2 if dtype == torch.float32 else values <= rows.WIDEST
 
 
 class _Duality(torch.autograd.Function):
