@@ -93,38 +93,9 @@ def gradient_kernel(
     m_t, m_k = (t + o_t) < last, o_k < K
     mask = m_t[:, None] & m_k[None, :]
     base, o_x = row * K, o_t[:, None] * (H * K) + o_k[None, :]
-    # Queries first, keys second, and late what can be late: registers are what this kernel is short of.
-    b_da, b_dq = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BK], tl.float32)
-    for i_v in range(tl.cdiv(V, BV)):
-        o_v = i_v * BV + tl.arange(0, BV)
-        m_v = m_t[:, None] & (o_v < V)[None, :]
-        m_s = (o_v < V)[:, None] & m_k[None, :]
-        o_y, o_s = o_t[:, None] * (H * V) + o_v[None, :], o_v[:, None] + o_k[None, :] * V
-        b_v = tl.load(v + row * V + o_y, mask=m_v, other=0.0).to(DOT)
-        b_do = tl.load(d_out + row * V + o_y, mask=m_v, other=0.0).to(DOT)
-        b_s = tl.load(states + own + o_s, mask=m_s, other=0.0).to(DOT)  # [BV, BK]
-        b_da = tl.dot(b_do, tl.trans(b_v), b_da, input_precision=PRECISION)
-        b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)
-    b_da = tl.where(o_t[:, None] >= o_t[None, :], b_da, 0.0).to(DOT)
-    b_k = tl.load(k_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
-    b_dq = tl.dot(b_da, b_k, b_dq, input_precision=PRECISION)
-    b_q = tl.load(q_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
-    if DECAY == 0:
-        b_dq *= scale
-    else:
-        b_dg = b_q.to(tl.float32) * b_dq
-        _, _, b_g = key_and_decay(k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, FAST)
-        b_half = tl.load(half + place * K + o_k, mask=m_k, other=0.0)
-        b_offset = cumsum(tl.where((o_t == 0)[:, None], 0.0, b_g), False, BT, FAST, PART) + b_half[None, :]
-        b_up = exp(b_offset, FAST)
-        b_dq *= b_up * scale
-        b_key = b_k.to(tl.float32) * b_up
-        if AUGMENT:
-            b_du = tl.load(du + row + o_t * H, mask=m_t, other=0.0)[:, None]
-            b_w = tl.load(weight + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-            b_dq += b_du * b_key * b_w
-    tl.store(dq + base + o_x, b_dq.to(dq.dtype.element_ty), mask=mask)
-    b_dat, b_dk = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BK], tl.float32)
+    # What needs the decays comes last: registers are what this kernel is short of.
+    b_da, b_dat = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BT], tl.float32)
+    b_dq, b_dk = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32)
     b_kept = tl.zeros([BK], tl.float32)
     for i_v in range(tl.cdiv(V, BV)):
         o_v = i_v * BV + tl.arange(0, BV)
@@ -133,24 +104,41 @@ def gradient_kernel(
         o_y, o_s = o_t[:, None] * (H * V) + o_v[None, :], o_v[:, None] + o_k[None, :] * V
         b_v = tl.load(v + row * V + o_y, mask=m_v, other=0.0).to(DOT)
         b_do = tl.load(d_out + row * V + o_y, mask=m_v, other=0.0).to(DOT)
+        b_s = tl.load(states + own + o_s, mask=m_s, other=0.0).to(DOT)  # [BV, BK]
         b_ds = tl.load(d_states + own + o_s, mask=m_s, other=0.0).to(DOT)
-        if DECAY != 0:
-            b_s = tl.load(states + own + o_s, mask=m_s, other=0.0).to(tl.float32)
-            b_kept += tl.sum(b_s * b_ds.to(tl.float32), axis=0)
+        b_da = tl.dot(b_do, tl.trans(b_v), b_da, input_precision=PRECISION)
         b_dat = tl.dot(b_v, tl.trans(b_do), b_dat, input_precision=PRECISION)
+        b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)
         b_dk = tl.dot(b_v, b_ds, b_dk, input_precision=PRECISION)
+        if DECAY != 0:
+            b_kept += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=0)
+    b_da = tl.where(o_t[:, None] >= o_t[None, :], b_da, 0.0).to(DOT)
     b_dat = tl.where(o_t[:, None] <= o_t[None, :], b_dat, 0.0).to(DOT)
+    b_k = tl.load(k_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
+    b_q = tl.load(q_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
+    b_at_end = b_kept + tl.sum(b_k.to(tl.float32) * b_dk, axis=0)
+    b_dq = tl.dot(b_da, b_k, b_dq, input_precision=PRECISION)
+    b_dk = tl.dot(b_dat, b_q, b_dk, input_precision=PRECISION)
     if DECAY == 0:
-        b_dk = tl.dot(b_dat, b_q, b_dk, input_precision=PRECISION)
+        tl.store(dq + base + o_x, (b_dq * scale).to(dq.dtype.element_ty), mask=mask)
         tl.store(dk + base + o_x, b_dk.to(dk.dtype.element_ty), mask=mask)
     else:
-        b_at_end = b_kept + tl.sum(b_k.to(tl.float32) * b_dk, axis=0)
-        b_dk = tl.dot(b_dat, b_q, b_dk, input_precision=PRECISION)
-        b_dg = cumsum(b_dg - b_k.to(tl.float32) * b_dk, True, BT, FAST, PART) + b_at_end[None, :]
+        b_dg = cumsum(b_q.to(tl.float32) * b_dq - b_k.to(tl.float32) * b_dk, True, BT, FAST, PART) + b_at_end[None, :]
+        _, _, b_g = key_and_decay(k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, FAST)
+        b_half = tl.load(half + place * K + o_k, mask=m_k, other=0.0)
+        b_offset = cumsum(tl.where((o_t == 0)[:, None], 0.0, b_g), False, BT, FAST, PART) + b_half[None, :]
+        b_up = exp(b_offset, FAST)
+        b_key = tl.load(k_tilde + base + o_x, mask=mask, other=0.0).to(tl.float32) * b_up
+        b_dq *= b_up * scale
+        if AUGMENT:
+            b_du = tl.load(du + row + o_t * H, mask=m_t, other=0.0)[:, None]
+            b_w = tl.load(weight + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
+            b_dq += b_du * b_key * b_w
+        tl.store(dq + base + o_x, b_dq.to(dq.dtype.element_ty), mask=mask)
         b_down = exp(-b_offset, FAST)
         b_dk *= b_down
         if AUGMENT:
-            b_duq = b_du * (b_q.to(tl.float32) * b_down) / scale
+            b_duq = tl.load(q_tilde + base + o_x, mask=mask, other=0.0).to(tl.float32) * b_down * (b_du / scale)
             tl.store(d_weight + place * K + o_k, tl.sum(b_duq * b_key, axis=0), mask=m_k)
             b_dk += b_duq * b_w
         if DECAY == 3:

@@ -44,41 +44,6 @@ def _any_extreme(half, first, count, i_h, H, K: tl.constexpr, BK: tl.constexpr, 
 
 
 @triton.jit
-def _extreme_prepare(
-    i_c, i_h, q, k, gate, q_tilde, k_tilde, chunks, scale, tau,
-    H, K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, DECAY: tl.constexpr,
-):  # fmt: skip
-    """One extreme chunk of `extreme_prepare_kernel`."""
-    t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
-    o_k, o_t = tl.arange(0, BK), tl.arange(0, BT)
-    row = t.to(tl.int64) * H + i_h
-    m_t = (t + o_t) < last
-    mask = m_t[:, None] & (o_k < K)[None, :]
-    o_x = row * K + o_t[:, None] * (H * K) + o_k[None, :]
-    b_q = tl.load(q + o_x, mask=mask, other=0.0).to(tl.float32) * scale
-    _, b_k, b_g = key_and_decay(k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, 0)
-    b_q *= tl.exp(tl.cumsum(b_g, axis=0))
-    b_k *= tl.exp(tl.cumsum(b_g, axis=0, reverse=True) - b_g)
-    tl.store(q_tilde + o_x, b_q.to(q_tilde.dtype.element_ty), mask=mask)
-    tl.store(k_tilde + o_x, b_k.to(k_tilde.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=INTEGERS)
-def extreme_prepare_kernel(
-    q, k, gate, q_tilde, k_tilde, half, chunks, count, scale, tau,
-    H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, LIMIT: tl.constexpr,
-):  # fmt: skip
-    """As `prepare_kernel`, for the extreme ones among `MANY` chunks: exponents from the chunk's edges, all <= 0."""
-    i_h, first = tl.program_id(1), tl.program_id(0) * MANY
-    if _any_extreme(half, first, count, i_h, H, K, BK, LIMIT):
-        for i in range(tl.minimum(MANY, count - first)):
-            i_c = first + i
-            if is_extreme(half, i_c.to(tl.int64) * H + i_h, K, BK, DECAY, LIMIT):
-                _extreme_prepare(i_c, i_h, q, k, gate, q_tilde, k_tilde, chunks, scale, tau, H, K, BT, BK, DECAY)
-
-
-@triton.jit
 def _extreme_output(
     i_c, i_h, i_v, q, k, q_tilde, v, gate, half, u, states, out, rstd, chunks, scale, tau, eps,
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,

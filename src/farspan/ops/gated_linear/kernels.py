@@ -98,12 +98,17 @@ def key_and_decay(
 
 
 @triton.jit
-def cumsum(x, REVERSE: tl.constexpr, BT: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr):
-    """Inclusive sums down the rows, or up."""
+def cumsum(
+    x, REVERSE: tl.constexpr, BT: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr, OTHERS: tl.constexpr = False
+):  # fmt: skip
+    """Sums down the rows, or up, of the row itself too unless `OTHERS`."""
     if FAST == 0:
-        return tl.cumsum(x, axis=0, reverse=REVERSE)
+        total = tl.cumsum(x, axis=0, reverse=REVERSE)
+        return total - x if OTHERS else total
     o_t = tl.arange(0, BT)
     ones = o_t[:, None] <= o_t[None, :] if REVERSE else o_t[:, None] >= o_t[None, :]
+    if OTHERS:
+        ones &= o_t[:, None] != o_t[None, :]
     ones, large = ones.to(PART), x.to(PART)
     return tl.dot(ones, large) + tl.dot(ones, (x - large.to(tl.float32)).to(PART))
 
@@ -150,15 +155,17 @@ def prepare_kernel(
     if DECAY != 0:
         is_first = (o_t == 0)[:, None]
         b_first = tl.sum(tl.where(is_first, b_g, 0.0), axis=0)
-        b_rest = tl.where(is_first, 0.0, b_g)
-        b_half = -0.5 * tl.sum(b_rest, axis=0)
+        b_half = -0.5 * tl.sum(tl.where(is_first, 0.0, b_g), axis=0)
         p_c = (i_c.to(tl.int64) * H + i_h) * K + o_k
         tl.store(centre + p_c, b_first - b_half, mask=o_k < K)
         tl.store(half + p_c, b_half, mask=o_k < K)
-        b_offset = cumsum(b_rest, False, BT, FAST, PART)
-        b_offset += b_half[None, :]
-        b_q *= exp(b_offset, FAST)
-        b_k *= exp(-b_offset, FAST)
+        if tl.max(b_half, axis=0) > LIMIT:  # exponents from the chunk's edges, both <= 0
+            b_q *= exp(cumsum(b_g, False, BT, FAST, PART), FAST)
+            b_k *= exp(cumsum(b_g, True, BT, FAST, PART, True), FAST)
+        else:
+            b_offset = cumsum(tl.where(is_first, 0.0, b_g), False, BT, FAST, PART) + b_half[None, :]
+            b_q *= exp(b_offset, FAST)
+            b_k *= exp(-b_offset, FAST)
     tl.store(q_tilde + row * K + o_x, b_q.to(q_tilde.dtype.element_ty), mask=mask)
     tl.store(k_tilde + row * K + o_x, b_k.to(k_tilde.dtype.element_ty), mask=mask)
 

@@ -11,7 +11,7 @@ from farspan.ops._launch import INTERPRETED, Constants, launch
 from farspan.ops._tiles import measured, remembered
 from farspan.ops.gated_linear import chunk_kernels, extreme_kernels, kernels
 from farspan.ops.gated_linear.plan import Plan, plan_chunks
-from farspan.ops.gated_linear.tiles import CANDIDATES, EXTREME_PREPARE, NARROWEST, SCAN, Tile, Tiles, tiles
+from farspan.ops.gated_linear.tiles import CANDIDATES, NARROWEST, SCAN, Tile, Tiles, tiles
 
 CHUNK = 64
 # Numbers of a program of the row kernel.
@@ -72,12 +72,6 @@ def run(
         kernels.prepare_kernel, (chunks, heads), tiles.prepare, common,
         q, own_k, own_gate, q if weight is None else weight, *prepared, plan.chunks, form.scale, form.normalizer, heads,
     )  # fmt: skip
-    if gate is not None:
-        _launch(
-            extreme_kernels.extreme_prepare_kernel, (_many(plan), heads), EXTREME_PREPARE, common,
-            q, own_k, gate, prepared.q, prepared.k, prepared.half, plan.chunks, chunks, form.scale, form.normalizer,
-            heads,
-        )  # fmt: skip
     _states(prepared.k, v, prepared, initial, states, final, plan, common)
     columns, warps, stages, registers = tiles.output
     if weight is not None or form.normalize:

@@ -6,8 +6,7 @@ from typing import NamedTuple
 NARROWEST = 64
 
 Tile = tuple[int, int, int, int | None]
-WIDE = (NARROWEST, 4, 1, None)
-EXTREME_PREPARE = (NARROWEST, 4, 1, None)
+WIDE = (NARROWEST, 8, 1, None)
 SCAN = (NARROWEST, 2, 1, None)
 
 
@@ -16,13 +15,13 @@ class Tiles(NamedTuple):
 
     state: Tile = (64, 4, 3, None)
     output: Tile = (128, 4, 1, 128)
-    gradient: Tile = (64, 4, 3, None)
-    prepare: Tile = (NARROWEST, 4, 1, 128)
+    gradient: Tile = (64, 8, 2, None)
+    prepare: Tile = (NARROWEST, 8, 1, 128)
 
 
 # (architecture family, padded K up to, bytes of an operand) -> tiles. The nearest older family serves an unlisted one.
 TILES = {
-    (8, 64, 2): Tiles(),
+    (8, 64, 2): Tiles((64, 4, 2, None), (128, 8, 1, None), prepare=WIDE),
     (8, 128, 2): Tiles((64, 4, 2, None), (64, 8, 1, None), (64, 8, 1, None), WIDE),
     (8, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (64, 8, 1, None), WIDE),
     (9, 64, 2): Tiles(),
@@ -35,7 +34,7 @@ CANDIDATES = {
     "state": tuple((64, 4, stages, None) for stages in (1, 2, 3, 4)),
     "output": ((64, 4, 1, None), (64, 8, 1, None), (128, 4, 1, None), (128, 4, 1, 128), (128, 8, 1, None)),
     "gradient": tuple((64, warps, stages, None) for warps in (4, 8) for stages in (1, 2, 3)),
-    "prepare": ((64, 4, 1, None), (64, 4, 1, 128), (64, 8, 1, None)),
+    "prepare": ((64, 4, 1, None), (64, 4, 1, 128), (64, 8, 1, None), (64, 8, 1, 128)),
 }
 
 
