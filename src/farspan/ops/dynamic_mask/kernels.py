@@ -242,7 +242,6 @@ def lane_gradient_kernel(
     d_bias += (batch * U + unit) * S
     table += (batch * U + unit) * blocks * W
     j = tl.full((BL,), -1, tl.int32)
-    b_k, b_v, b_bias, gone = _keys(k, v, bias, expires, tl.maximum(j, 0), j >= 0, g, G, D, V, BD, BV, DOT)
     b_dk = tl.zeros((BL, BD), tl.float32)
     b_dv = tl.zeros((BL, BV), tl.float32)
     db = tl.zeros((BL,), tl.float32)
@@ -262,12 +261,8 @@ def lane_gradient_kernel(
             b_dk = tl.where(changed[:, None], 0.0, b_dk)
             b_dv = tl.where(changed[:, None], 0.0, b_dv)
             db = tl.where(changed, 0.0, db)
-            n_k, n_v, n_bias, n_gone = _keys(k, v, bias, expires, newest, changed, g, G, D, V, BD, BV, DOT)
-            b_k = tl.where(changed[:, None], n_k, b_k)
-            b_v = tl.where(changed[:, None], n_v, b_v)
-            b_bias = tl.where(changed, n_bias, b_bias)
-            gone = tl.where(changed, n_gone, gone)
             j = newest
+        b_k, b_v, b_bias, gone = _keys(k, v, bias, expires, tl.maximum(j, 0), j >= 0, g, G, D, V, BD, BV, DOT)
         for head in range(unit * (H // U), (unit + 1) * (H // U), QB):
             b_dk, b_dv, db = _key_step(
                 q, d_out, lse, delta, block * C + m % C, head + m // C, j, False, b_k, b_v, b_bias, gone, b_dk, b_dv,
