@@ -25,7 +25,6 @@ register(
     torch=short_convolution_shifted,
     triton="farspan.ops.short_convolution.triton:short_convolution_triton",
     triton_limits=_limits,
-    automatic=False,
 )
 
 
