@@ -14,10 +14,10 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is available"),
 ]
-WIDTHS = [(64, 128), (32, 48), (20, 33), (128, 128), (128, 200)]
+WIDTHS = [(64, 128), (32, 48), (20, 33), (128, 128), (128, 200), (256, 64), (129, 33)]
 FORMS = [
     *((torch.bfloat16, widths) for widths in WIDTHS),
-    *((torch.float32, widths) for widths in WIDTHS[:3]),
+    *((torch.float32, widths) for widths in (*WIDTHS[:3], WIDTHS[-1])),
     (torch.float16, WIDTHS[0]),
 ]
 
@@ -173,6 +173,17 @@ def cases() -> dict[str, tuple[partial, Named]]:
         "duality": (state_space_duality, test_ssd.make(700, groups=1)),
     }
     return {name: (partial(op, output_final_state=True), on_gpu(x, torch.bfloat16)) for name, (op, x) in made.items()}
+
+
+@pytest.mark.parametrize("name", ["metala", "cosine", "duality"])
+def test_heads_of_more_key_channels_than_the_kernels_hold_match_torch(name: str) -> None:
+    op, x = cases()[name]
+    places = {"q": 3, "k": 3, "gate_logits": 3, "b": 3, "c": 3, "augmentation": 1, "initial_state": 2}
+    for tensor, place in places.items():
+        if tensor in x:
+            wide = torch.cat([x[tensor]] * 50, place)
+            x[tensor] = wide * torch.rand_like(wide)
+    compare(op, {tensor: None if t is None else t.float() for tensor, t in x.items()}, tolerances.FLOAT32)
 
 
 def results(op: partial, x: Named) -> list[torch.Tensor]:

@@ -19,6 +19,7 @@ from farspan.ops.gated_linear import plan, rows
 from farspan.ops.gated_linear import triton as gated_linear_triton
 from farspan.ops.gated_linear.launches import Form
 from farspan.ops.gated_linear.triton import gated_linear_attention_triton
+from farspan.ops.metala import triton as metala_triton
 from farspan.ops.metala.triton import metala_attention_triton
 from farspan.ops.ssd import triton as ssd_triton
 from farspan.ops.ssd.triton import state_space_duality_triton
@@ -68,6 +69,27 @@ def test_gated_linear_matches_reference(length: int, decay: str) -> None:
     x = test_gated_linear.make(length, decay, batch=1)
     want = outputs_and_gradients(REFERENCE, x)
     assert_same(outputs_and_gradients(gated(), cast(x, torch.float32)), want, tolerances.FLOAT32)
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
+@pytest.mark.parametrize("widest", [2, 4])
+def test_heads_wider_than_the_kernels_match_reference(monkeypatch: pytest.MonkeyPatch, widest: int, decay: str) -> None:
+    monkeypatch.setattr(gated_linear_triton, "WIDEST", widest)
+    x, options = test_gated_linear.make(37, decay, batch=1, sequences=3), {"cu_seqlens": boundaries([20, 0, 17])}
+    want = outputs_and_gradients(test_gated_linear.attend("reference", **options), x)
+    assert_same(outputs_and_gradients(gated(**options), cast(x, torch.float32)), want, tolerances.FLOAT32)
+
+
+@pytest.mark.usefixtures("duality")
+def test_metala_and_duality_of_such_heads_match_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (gated_linear_triton, metala_triton, ssd_triton):
+        monkeypatch.setattr(module, "WIDEST", 2)
+    x = test_metala.make(20, batch=1)
+    want = outputs_and_gradients(test_metala.attend("reference"), x)
+    assert_same(outputs_and_gradients(metala(), cast(x, torch.float32)), want, tolerances.FLOAT32)
+    x = test_ssd.make(20, batch=1)
+    want = outputs_and_gradients(test_ssd.attend("reference"), x)
+    assert_same(outputs_and_gradients(test_ssd.attend("torch"), cast(x, torch.float32)), want, tolerances.FLOAT32)
 
 
 @pytest.mark.parametrize("decay", ["forgetful", "extreme", "zero"])

@@ -21,6 +21,7 @@ from farspan.ops.cosine.torch import attend
 from farspan.ops.gated_linear import rows
 from farspan.ops.gated_linear.plan import Plan, cut, most_segments, plan_chunks
 from farspan.ops.gated_linear.rows import Walk
+from farspan.ops.gated_linear.tiles import WIDEST
 from farspan.ops.gated_linear.triton import gated_linear_attention_triton
 
 
@@ -31,7 +32,7 @@ def cosine_attention_triton(
 
     Bidirectional calls are two matrix products and need no kernel.
     """
-    if not call.causal or v.shape[-1] > rows.WIDEST:
+    if not call.causal or max(q.shape[-1], v.shape[-1]) > WIDEST:
         return attend(gated_linear_attention_triton, q, k, v, initial_state, call)
     if call.padding_mask is not None:  # a vector of zeros has no direction
         padding = (call.padding_mask == 0)[..., None, None]

@@ -72,8 +72,9 @@ def gated_linear_attention(
         exp(-10⁴) is 0 in every dtype. Later tokens do not reach earlier outputs, except through the last bits (the
         centre depends on the whole chunk). Gradients flow to every tensor argument, through `out` and through the
         final state. That of log_decay is a sum of differences `q dq - k dk`, and rounds like these terms.
-        The kernels take 16-bit and float32 inputs with K <= 128, use no atomic operations (repeated calls agree to
-        the bit), and compile once per K, V, dtype and rank of the decay, whatever B, T and H are.
+        The kernels take 16-bit and float32 inputs, use no atomic operations (repeated calls agree to the bit), and
+        compile once per K, V, dtype and rank of the decay, whatever B, T and H are. Heads with K > 128 run as several
+        narrower ones, each with its own copy of v.
 
     Source:
         Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (arXiv:2312.06635),

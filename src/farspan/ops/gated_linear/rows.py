@@ -10,13 +10,10 @@ from torch import Tensor
 from farspan.ops._launch import INTERPRETED, Constants, launch
 from farspan.ops.gated_linear.kernels import scan_kernel
 from farspan.ops.gated_linear.plan import Plan
-from farspan.ops.gated_linear.tiles import SCAN
+from farspan.ops.gated_linear.tiles import NARROWEST, SCAN
 from farspan.ops.gated_linear.walk_kernels import walk_kernel
 
 CHUNK = 64
-WIDEST = 128
-# Warp-group matrix instructions fail on blocks of 32 columns.
-NARROWEST = 64
 WARPS, STAGES = 4, 3
 # Bytes of shared memory that the tiles of all stages of a pipeline may take.
 PIPELINE = 100 * 1024

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 # Warp-group matrix instructions fail on blocks of 32 columns.
 NARROWEST = 64
+# Channels of a head that a kernel holds; those of keys beyond are further heads.
+WIDEST = 128
 
 Tile = tuple[int, int, int, int | None]
 WIDE = (NARROWEST, 8, 1, None)

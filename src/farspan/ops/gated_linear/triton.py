@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from farspan.ops._contract import plain_backward
 from farspan.ops._launch import compile_ahead
@@ -14,6 +15,7 @@ from farspan.ops._library import register_node
 from farspan.ops.gated_linear import launches
 from farspan.ops.gated_linear.launches import Form
 from farspan.ops.gated_linear.plan import cut, most_chunks
+from farspan.ops.gated_linear.tiles import WIDEST
 
 
 def gated_linear_attention_triton(
@@ -26,8 +28,26 @@ def gated_linear_attention_triton(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The kernels' form of `gated_linear_attention`; arguments and results as the reference's."""
-    return attend(q, k, v, log_decay, None, initial_state, cu_seqlens, Form(float(scale)))
+    """The kernels' form of `gated_linear_attention`; arguments and results as the reference's.
+
+    A head of more key channels than the kernels hold is several narrower ones, whose outputs add.
+    """
+    form, (heads, width) = Form(float(scale)), q.shape[2:]
+    parts = -(-width // WIDEST)
+    if parts == 1:
+        return attend(q, k, v, log_decay, None, initial_state, cu_seqlens, form)
+
+    def split(x: Tensor) -> Tensor:
+        """`[B, T, H, K]` as `[B, T, H · parts, K / parts]`, with zeros where K is no multiple."""
+        return F.pad(x, (0, -width % parts)).unflatten(3, (parts, -1)).flatten(2, 3)
+
+    if log_decay is not None:
+        log_decay = split(log_decay) if log_decay.dim() == 4 else log_decay.repeat_interleave(parts, 2)
+    if initial_state is not None:
+        initial_state = split(initial_state.movedim(3, 1)).movedim(1, 3)
+    v = v.repeat_interleave(parts, 2)
+    out, final = attend(split(q), split(k), v, log_decay, None, initial_state, cu_seqlens, form)
+    return out.unflatten(2, (heads, parts)).sum(3), final.unflatten(1, (heads, parts)).flatten(2, 3)[:, :, :width]
 
 
 def attend(

@@ -12,7 +12,7 @@ from farspan.ops._library import register_node
 from farspan.ops.gated_linear import rows
 from farspan.ops.gated_linear.kernels import scan_kernel
 from farspan.ops.gated_linear.plan import Plan, cut, most_chunks, plan_chunks
-from farspan.ops.gated_linear.tiles import SCAN
+from farspan.ops.gated_linear.tiles import SCAN, WIDEST
 from farspan.ops.gated_linear.triton import gated_linear_attention_triton
 from farspan.ops.ssd.gradient_kernels import shared_gradient_kernel, step_gradient_kernel, value_gradient_kernel
 from farspan.ops.ssd.kernels import output_kernel, prepare_kernel, state_kernel
@@ -43,7 +43,7 @@ def holds(dtype: torch.dtype, width: int, values: int) -> bool:
 
     In float32 a chunk of 64 tokens of 128 channels is more than the shared memory of a card of compute capability 8.0.
     """
-    return max(width, values) <= rows.WIDEST // 2 if dtype == torch.float32 else values <= rows.WIDEST
+    return max(width, values) <= (WIDEST // 2 if dtype == torch.float32 else WIDEST)
 
 
 class _Duality(torch.autograd.Function):
