@@ -17,8 +17,8 @@ class Tiles(NamedTuple):
 
     state: Tile = (64, 4, 3, None)
     output: Tile = (128, 4, 1, 128)
-    gradient: Tile = (64, 8, 2, None)
-    prepare: Tile = (NARROWEST, 8, 1, 128)
+    gradient: Tile = (64, 4, 3, None)
+    prepare: Tile = (NARROWEST, 4, 1, 168)
 
 
 # (architecture family, padded K up to, bytes of an operand) -> tiles. The nearest older family serves an unlisted one.
@@ -36,7 +36,7 @@ CANDIDATES = {
     "state": tuple((64, 4, stages, None) for stages in (1, 2, 3, 4)),
     "output": ((64, 4, 1, None), (64, 8, 1, None), (128, 4, 1, None), (128, 4, 1, 128), (128, 8, 1, None)),
     "gradient": tuple((64, warps, stages, None) for warps in (4, 8) for stages in (1, 2, 3)),
-    "prepare": ((64, 4, 1, None), (64, 4, 1, 128), (64, 8, 1, None), (64, 8, 1, 128)),
+    "prepare": ((64, 4, 1, None), (64, 4, 1, 128), (64, 4, 1, 168), (64, 8, 1, None), (64, 8, 1, 128)),
 }
 
 
