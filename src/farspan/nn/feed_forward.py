@@ -53,11 +53,13 @@ class FeedForward(nn.Module):
 
     Attributes:
         no_weight_decay: names of the module's own parameters that the optimiser must not shrink.
+        row_sparse: names of those of its tables of which a token reads few rows; the optimiser may spare the others.
         reads_padding: whether forward takes `padding_mask`, `[...]` bool or None, True for real tokens: for
             feed-forwards that count over tokens. (Padding never changes the output of a real token.)
     """
 
     no_weight_decay: tuple[str, ...] = ()
+    row_sparse: tuple[str, ...] = ()
     reads_padding: ClassVar[bool] = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, AuxiliaryRecord | None]:

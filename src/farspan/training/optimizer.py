@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from farspan.errors import ConfigError
 from farspan.training.recipe import TrainRecipe
+from farspan.training.row_sparse import RowSparseAdamW
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -39,15 +41,50 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
+def row_sparse_tables(model: nn.Module, embeddings: bool = False) -> list[nn.Parameter]:
+    """The trainable tables of which a step reads few rows.
+
+    Args:
+        model: The model; its modules list the names of such tables in the class attribute `row_sparse`.
+        embeddings: Whether the tables of `nn.Embedding` count, too.
+    """
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        names = getattr(type(module), "row_sparse", ())
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and (name in names or (embeddings and isinstance(module, nn.Embedding))):
+                found[id(parameter)] = parameter
+    return list(found.values())
+
+
 def build_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.AdamW:
-    """AdamW over the decay groups of `model`; one fused kernel per step, on CPU and GPU alike."""
-    return torch.optim.AdamW(
-        [group for group in decay_groups(model, recipe.weight_decay) if group["params"]],
-        lr=recipe.learning_rate,
-        betas=(recipe.adam_beta1, recipe.adam_beta2),
-        eps=recipe.adam_epsilon,
-        fused=True,
-    )
+    """AdamW over the decay groups of `model`; one fused kernel per step, on CPU and GPU alike.
+
+    With `recipe.row_sparse`, a `RowSparseAdamW` that updates the tables so named by rows.
+
+    Raises:
+        ConfigError: `recipe.row_sparse` names tables, and the model has none.
+    """
+    groups = decay_groups(model, recipe.weight_decay)
+    options: dict[str, Any] = {
+        "lr": recipe.learning_rate,
+        "betas": (recipe.adam_beta1, recipe.adam_beta2),
+        "eps": recipe.adam_epsilon,
+    }
+    if recipe.row_sparse == "none":
+        return torch.optim.AdamW([group for group in groups if group["params"]], fused=True, **options)
+    tables = {id(table) for table in row_sparse_tables(model, recipe.row_sparse == "all")}
+    if not tables:
+        raise ConfigError(
+            f"train.row_sparse={recipe.row_sparse!r}: this model has no such tables; they are those of the experts of "
+            "cdmoe and peer, with 'all' those of embeddings, too. Give 'none'."
+        )
+    split = [
+        {**group, "params": [p for p in group["params"] if (id(p) in tables) == sparse], "row_sparse": sparse}
+        for group in groups
+        for sparse in (False, True)
+    ]
+    return RowSparseAdamW([group for group in split if group["params"]], **options)
 
 
 def learning_rate(step: int, recipe: TrainRecipe, total_steps: int) -> float:

@@ -151,6 +151,9 @@ class TrainRecipe:
     """Decay of AdamW's second moment."""
     adam_epsilon: float = 1e-8
     """AdamW's guard against division by zero."""
+    row_sparse: Literal["none", "experts", "all"] = "none"
+    """Tables of which AdamW leaves rows without a gradient alone, moments included: those of the experts of cdmoe and
+    peer; all: those and embeddings. Faster where a step touches few of many rows."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are shortened to it; 0 turns clipping off."""
     seed: int = 0

@@ -120,7 +120,7 @@ class RetrievedExperts(nn.Module):
     Cost: the router, and 4·H·k·D operations a token; 2·E·D parameters per table.
     """
 
-    no_weight_decay = ("down", "up")
+    no_weight_decay = row_sparse = ("down", "up")
 
     def __init__(self, config: FeedForwardShape, options: RetrievalOptions, sets: int = 1) -> None:
         super().__init__()
