@@ -1,7 +1,9 @@
 """What operators refuse, in which words; which backend serves; the helpers for packed documents."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +86,22 @@ def test_kernels_are_chosen_only_where_they_serve(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(_backend, "triton_reason", lambda op, tensors=(): None)
     assert _backend.resolve("op", "auto", [Q]) is max  # a CPU tensor
     assert _backend.resolve("op", "triton", [Q]) is sum
+
+
+def test_gradients_ask_once_for_what_was_kept() -> None:
+    """Where activations are recomputed, `ctx.saved_tensors` can be read a single time."""
+    functions = [
+        (path.name, function)
+        for path in Path(_backend.__file__).parent.rglob("*.py")
+        for function in ast.walk(ast.parse(path.read_text()))
+        if isinstance(function, ast.FunctionDef) and function.name == "backward"
+    ]
+    assert len(functions) >= 10
+    for name, function in functions:
+        asked = [
+            node for node in ast.walk(function) if isinstance(node, ast.Attribute) and node.attr == "saved_tensors"
+        ]
+        assert len(asked) == 1, name
 
 
 @pytest.mark.slow  # a fresh interpreter

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from farspan.ops import short_convolution
 from farspan.ops.short_convolution import triton
@@ -17,9 +18,11 @@ FLOAT16 = 2e-3  # inputs and outputs of 11 bits: one rounding of each output
 
 @pytest.fixture(autouse=True)
 def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tiles a program, so that programs meet inside of the sequences."""
-    monkeypatch.setattr(triton, "LONGEST", 32)
-    monkeypatch.setattr(triton, "PROGRAMS", 1)
+    """Two blocks of tokens a program, so that programs meet inside of the sequences."""
+    monkeypatch.setattr(triton, "TILE", (8, 64))
+    monkeypatch.setattr(triton, "GRADIENT_TILE", (8, 64))
+    monkeypatch.setattr(triton, "WALK", 16)
+    monkeypatch.setattr(triton, "_constants", triton._constants.__wrapped__)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -50,6 +53,13 @@ def test_rows_of_whole_16_byte_blocks_match_reference() -> None:
     x = make(37)
     channels = {"x": 2, "weight": 0, "bias": 0, "initial_state": 1}
     check({name: tensor.repeat_interleave(16, dim=channels[name]) for name, tensor in x.items()})
+
+
+def test_activations_that_are_recomputed_give_the_same_gradients() -> None:
+    x = make(9)
+    again = partial(checkpoint, kernels, use_reentrant=False)
+    got = outputs_and_gradients(lambda **given: again(*given.values()), {n: x[n] for n in ("x", "weight", "bias")})
+    assert_same(got, outputs_and_gradients(kernels, {n: x[n] for n in ("x", "weight", "bias")}), tolerances.FLOAT32)
 
 
 def test_float16_sums_in_float32() -> None:

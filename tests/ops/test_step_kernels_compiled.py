@@ -22,6 +22,7 @@ from farspan.ops.cosine.step_kernels import step_kernel as cosine
 from farspan.ops.metala.step_kernels import step_kernel as metala
 from farspan.ops.short_convolution import kernels as convolutions
 from farspan.ops.short_convolution.step_kernels import step_kernel as convolution
+from farspan.ops.short_convolution.triton import _constants as convolution_constants
 from farspan.ops.softmax.step_kernels import attend_kernel, merge_kernel
 from farspan.ops.softmax.step_triton import BLOCK
 from farspan.ops.ssd.step_kernels import step_kernel as ssd
@@ -33,12 +34,12 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 SPILLED_BYTES = 128
 WHOLE = {
     "p_count": "*i64", "p_positions": "*i64", "p_filled": "*i32", "p_mask": "*u8",
-    "p_start": "*i32", "p_sequence": "*i32", "p_begin": "*i64", "p_end": "*i64", "p_sums": "*fp32",
+    "p_start": "*i32", "p_sequence": "*i32", "p_sums": "*fp32",
 }  # fmt: skip
 FLOATS = {"scale", "rotary_scale", "tau", "eps", "low", "high"}
 FLOAT32 = {"p_state", "p_cos", "p_sin", "p_exponent", "p_a", "p_d", "p_bias", "p_w", "p_parts", "p_stats", "p_theta"}
 STATE = {"H": 16, "K": 64, "V": 128, "BK": 64, "BV": 128}
-TAPS = {"W": 4, "BT": 16, "BD": 128, "BIASED": True, "SILU": True, "STATE": True, "PACKED": True, "EVEN": True}
+TAPS = dict(zip(("biased", "silu", "state", "packed", "even"), (True,) * 5, strict=True))
 FLAGS = {"OWN_KEY": False, "AUGMENT": True, "INSIDE": True, "NORMALIZE": True, "GATED": True}
 SLOTS = {"G": 4, "Q": 4, "MASKED": True, "QB": 16, "BT": BLOCK, "DOT": tl.bfloat16, "PRECISION": "ieee"}
 KERNELS = {
@@ -50,12 +51,8 @@ KERNELS = {
         | {"BIASED": True, "SOFTPLUS": True, "SKIP": True},
     ),
     "short_convolution": (convolution, {"W": 4, "BW": 4, "BD": 256, "BIASED": True, "SILU": True}),
-    "convolution of sequences": (convolutions.convolution_kernel, TAPS),
-    "gradient of convolution": (convolutions.gradient_kernel, TAPS | {"BW": 8, "BT": 8}),
-    "gradient of its state": (
-        convolutions.state_gradient_kernel,
-        {"W": 4, "BW": 4, "BD": 64, "BIASED": True, "SILU": True},
-    ),
+    "convolution of sequences": (convolutions.convolution_kernel, convolution_constants(4, **TAPS)),
+    "gradient of convolution": (convolutions.gradient_kernel, convolution_constants(4, **TAPS, gradient=True)),
     "swiglu": (swiglu_kernel, {"BF": 512}),
     "softmax": (attend_kernel, SLOTS | {"K": 64, "V": 64, "R": 64, "INTERLEAVED": False, "BK": 64, "BV": 64}),
     "wide softmax": (attend_kernel, SLOTS | {"K": 128, "V": 128, "R": 32, "INTERLEAVED": True, "BK": 128, "BV": 128}),

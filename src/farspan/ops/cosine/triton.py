@@ -55,8 +55,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @plain_backward
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        dq, dk, dv, d_exponent, d_initial = cosine_gradient_node(*gradients, *ctx.saved_tensors, *ctx.form)
-        exponent, initial = ctx.saved_tensors[4:6]
+        saved = ctx.saved_tensors
+        dq, dk, dv, d_exponent, d_initial = cosine_gradient_node(*gradients, *saved, *ctx.form)
+        exponent, initial = saved[4:6]
         d_initial = None if initial is None else d_initial.to(initial.dtype)
         return (
             dq,

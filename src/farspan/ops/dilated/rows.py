@@ -271,10 +271,9 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     @plain_backward
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        *_, bias = ctx.saved_tensors
-        learnt = ctx.needs_input_grad[3]
-        *gradients, d_bias = backward_node(grad.contiguous(), *ctx.saved_tensors, *ctx.options, ctx.detach, learnt)
-        return (*gradients, d_bias.to(bias.dtype) if learnt else None, None, None)
+        saved, learnt = ctx.saved_tensors, ctx.needs_input_grad[3]
+        *gradients, d_bias = backward_node(grad.contiguous(), *saved, *ctx.options, ctx.detach, learnt)
+        return (*gradients, d_bias.to(saved[-1].dtype) if learnt else None, None, None)
 
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, spans: Sequence[Span]) -> Tensor:

@@ -11,12 +11,10 @@ from farspan.ops import varlen
 from farspan.ops._contract import plain_backward
 from farspan.ops._launch import Constants, launch
 from farspan.ops._library import register_node
-from farspan.ops.short_convolution.kernels import convolution_kernel, gradient_kernel, state_gradient_kernel
+from farspan.ops.short_convolution.kernels import convolution_kernel, gradient_kernel
 
-# Tokens and channels of a tile, and its warps; the gradient of the state holds few tokens.
-TILE, GRADIENT_TILE, STATE_CHANNELS, WARPS = (16, 128), (8, 128), 64, 4
-# Programs that keep a card busy, and the most tokens that one of them may sum over.
-PROGRAMS, LONGEST = 1024, 1024
+# Tokens read at once and channels of a program, 4 warps each, and the tokens that it walks.
+TILE, GRADIENT_TILE, WARPS, WALK = (16, 256), (8, 512), 4, 128
 
 
 def short_convolution_triton(
@@ -72,8 +70,9 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     @plain_backward
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        _, _, bias, state, _ = ctx.saved_tensors
-        d_x, d_weight, d_bias, d_state = convolution_gradient_node(gradients[0], *ctx.saved_tensors, ctx.silu)
+        saved = ctx.saved_tensors
+        d_x, d_weight, d_bias, d_state = convolution_gradient_node(gradients[0], *saved, ctx.silu)
+        _, _, bias, state, _ = saved
         return d_x, d_weight, None if bias is None else d_bias, None if state is None else d_state, None, None
 
 
@@ -86,8 +85,8 @@ def _forward(
     state = out if state is None else state.contiguous()
     switches = bias is not None, silu, state is not out, cu_seqlens is not None
     constants = _constants(weight.shape[1], *switches, _even(x))
-    blocks = triton.cdiv(length, constants["BT"])
-    numbers = length, channels, x.stride(1), blocks
+    blocks = triton.cdiv(length, WALK)
+    numbers = length, channels, x.stride(1), blocks, WALK
     launch(
         convolution_kernel,
         (batch * blocks, triton.cdiv(channels, constants["BD"])),
@@ -111,45 +110,34 @@ def _backward(
     d_x, d_weight, d_bias, d_state = _gradients(d_out, x, weight, bias, state)
     start, sequence = _documents(cu_seqlens, length, d_out)
     width, before = weight.shape[1], d_x if state is None else state.contiguous()
-    options = bias is not None, silu
-    constants = _constants(width, *options, state is not None, cu_seqlens is not None, _even(x), gradient=True)
-    columns = triton.cdiv(channels, constants["BD"])
-    # Whole tiles; few programs of long stretches leave little to add up.
-    stretch = batch * length * columns // PROGRAMS // constants["BT"] * constants["BT"]
-    stretch = min(max(stretch, constants["BT"]), LONGEST)
+    switches = bias is not None, silu, state is not None, cu_seqlens is not None
+    constants = _constants(width, *switches, _even(x), gradient=True)
+    stretch = WALK - width + 1  # the W - 1 tokens behind it are read as well
     blocks = triton.cdiv(length, stretch)
     sums = torch.empty(batch * blocks, width + 1, channels, dtype=torch.float32, device=x.device)
-    given = (d_out, x, weight, weight if bias is None else bias, before)
+    given = d_out, x, weight, weight if bias is None else bias, before, start, sequence
+    numbers = length, channels, x.stride(1), blocks, stretch
     launch(
         gradient_kernel,
-        (batch * blocks, columns),
-        (*given, start, sequence, d_x, sums, length, channels, x.stride(1), blocks, stretch),
+        (batch * blocks, triton.cdiv(channels, constants["BD"])),
+        (*given, d_x, sums, d_state, *numbers),
         constants,
         WARPS,
     )
     total = sums.sum(0)
     d_weight.copy_(total[:width].T)
     d_bias.copy_(total[width])
-    if state is not None:
-        if cu_seqlens is None:
-            edges = torch.arange(batch + 1, device=x.device) * length
-        else:
-            edges = cu_seqlens.long()
-        small = _state_constants(width, *options)
-        grid = (state.shape[0], triton.cdiv(channels, small["BD"]))
-        tensors = (*given, edges[:-1].contiguous(), edges[1:].contiguous(), d_state)
-        launch(state_gradient_kernel, grid, (*tensors, channels, x.stride(1)), small, WARPS)
     return d_x, d_weight, d_bias, d_state
 
 
 def _gradients(
     d_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Room for the gradients; without a bias or a state theirs is not read."""
+    """Room for the gradients, zeros for states of empty documents; without a bias or a state theirs is not read."""
     d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
     d_bias = weight.new_empty(weight.shape[0]) if bias is None else torch.empty_like(bias)
-    d_state = x.new_empty(0) if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
+    d_state = x.new_empty(0) if state is None else torch.zeros(state.shape, dtype=state.dtype, device=x.device)
     return d_x, d_weight, d_bias, d_state
 
 
@@ -177,15 +165,8 @@ def _constants(
     width: int, biased: bool, silu: bool, state: bool, packed: bool, even: bool, *, gradient: bool = False
 ) -> Constants:
     rows, channels = GRADIENT_TILE if gradient else TILE
-    blocks = {"BW": triton.next_power_of_2(width + 1)} if gradient else {}
     switches = {"BIASED": biased, "SILU": silu, "STATE": state, "PACKED": packed, "EVEN": even}
-    return Constants(W=width, **blocks, BT=rows, BD=channels, **switches)
-
-
-@functools.cache
-def _state_constants(width: int, biased: bool, silu: bool) -> Constants:
-    block = triton.next_power_of_2(width)
-    return Constants(W=width, BW=block, BD=STATE_CHANNELS, BIASED=biased, SILU=silu)
+    return Constants(W=width, BT=rows, BD=channels, **switches)
 
 
 convolution_node = register_node(

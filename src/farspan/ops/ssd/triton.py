@@ -59,9 +59,10 @@ class _Duality(torch.autograd.Function):
     @staticmethod
     @plain_backward
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        *direct, sums, d_initial = duality_gradient_node(*gradients, *ctx.saved_tensors, *ctx.options)
-        given = ctx.saved_tensors[4:8]
-        indirect = (None if t is None else g.to(t.dtype) for t, g in zip(given, (*sums, d_initial), strict=True))
+        saved = ctx.saved_tensors
+        *direct, sums, d_initial = duality_gradient_node(*gradients, *saved, *ctx.options)
+        given = (*sums, d_initial)
+        indirect = (None if t is None else g.to(t.dtype) for t, g in zip(saved[4:8], given, strict=True))
         return *direct, *indirect, *[None] * 4
 
 
