@@ -50,6 +50,13 @@ def test_long_window_uses_blocks() -> None:
     _agree(_tensors(1, 64, 64), window=16)
 
 
+@pytest.mark.parametrize("most", [1, 200, 700])
+def test_what_fused_kernels_cannot_address_goes_in_pieces(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("farspan.ops.softmax.torch._MOST_NUMBERS", most)
+    _agree(_tensors(5, 9, 9))
+    _agree(_tensors(5, 7, 9), key_mask=torch.rand(5, 9) > 0.3)
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize(
     "options", [{"causal": False}, {}, {"window": 4}, {"cu_seqlens": torch.tensor([0, 12, 20], dtype=torch.int32)}]

@@ -8,7 +8,7 @@ from farspan.errors import ConfigError, ShapeError
 from farspan.ops import varlen
 from farspan.ops._backend import register, resolve
 from farspan.ops._contract import Contract
-from farspan.ops.dilated.limits import by_name, kernel_limits, option_limits
+from farspan.ops.dilated.limits import kernel_limits, option_limits
 from farspan.ops.dilated.patterns import OFFSET_RULES, PAD_MODES, DilatedSettings
 from farspan.ops.dilated.reference import dilated_attention_reference
 from farspan.ops.dilated.torch import dilated_attention_strided
@@ -89,7 +89,6 @@ def dilated_attention(
         cu_seqlens: `[num_seqs + 1]` int32 boundaries of documents packed in one row; segments restart in each.
         backend: `"auto"`, `"reference"`, `"torch"` or `"triton"`: cuDNN for 16 bit, K = V, no bias and no packed
             documents, kernels for the rest; not for dropout, filled segments, float64, K or V > 128 (float32: 64).
-            Without cuDNN, biases that need a gradient, constant mixture weights, K ≠ V and full attention name them.
 
     Returns:
         `[B, T, H, V]` in v's dtype.
@@ -164,8 +163,6 @@ def dilated_attention(
         frequencies=frequencies,
         growth=growth,
     )
-    if backend == "auto" and by_name(q, v, settings, spans):
-        backend = "torch"
     beyond_kernels = option_limits(settings, spans)
     implementation = resolve("dilated_attention", backend, (q, k, v), beyond_kernels=beyond_kernels)
     return implementation(q, k, v, settings, spans)

@@ -31,15 +31,3 @@ def cudnn_serves(q: Tensor, v: Tensor, settings: DilatedSettings, spans: Sequenc
     """Whether cuDNN takes these queries and values of one dtype: 16 bit, K = V, no bias, no packed documents."""
     fitting = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
     return fitting and settings.distance_bias is None and len(spans) == 1
-
-
-def by_name(q: Tensor, v: Tensor, settings: DilatedSettings, spans: Sequence[Span]) -> bool:
-    """Whether the kernels have to be named: where cuDNN does not serve, a card has not proved all of their forms.
-
-    It has causal attention with K = V, without constant mixture weights and learnt biases.
-    """
-    if cudnn_serves(q, v, settings, spans):
-        return False
-    bias = settings.distance_bias
-    learnt = bias is not None and bias.requires_grad and torch.is_grad_enabled()
-    return learnt or settings.detach_mixture_weights or not settings.causal or q.shape[-1] != v.shape[-1]

@@ -9,6 +9,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from farspan.ops import varlen
 from farspan.ops.softmax.reference import visible
 
+# Numbers of one tensor beyond which the backward passes of cuDNN and of flash attention address wrong ones.
+_MOST_NUMBERS = 1 << 31
+
 
 def softmax_attention_sdpa(
     q: Tensor,
@@ -89,6 +92,13 @@ def _sdpa(
     causal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
+    largest = max(x.numel() for x in (q, k, v))
+    if largest > _MOST_NUMBERS and len(q) > 1:
+        most = max(1, _MOST_NUMBERS // (largest // len(q)))
+        parts = [slice(first, first + most) for first in range(0, len(q), most)]
+        masks = [mask if mask is None or len(mask) == 1 else mask[rows] for rows in parts]
+        pieces = zip(parts, masks, strict=True)
+        return torch.cat([_sdpa(q[x], k[x], v[x], scale, some, causal, dropout) for x, some in pieces])
     out = scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
