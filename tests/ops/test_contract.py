@@ -101,7 +101,7 @@ def test_gradients_ask_once_for_what_was_kept() -> None:
         asked = [
             node for node in ast.walk(function) if isinstance(node, ast.Attribute) and node.attr == "saved_tensors"
         ]
-        assert len(asked) == 1, name
+        assert len(asked) <= 1, name
 
 
 @pytest.mark.slow  # a fresh interpreter
