@@ -245,3 +245,30 @@ def test_the_trainer_of_transformers_evaluates(tmp_path) -> None:
 def test_bad_inputs_have_one_clear_message(arguments: dict, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         tiny("metala")(**arguments)
+
+
+@pytest.mark.parametrize("length", [0, -3])
+def test_a_context_without_a_token_is_refused(length: int) -> None:
+    model = tiny("softmax")
+    for call in (lambda: model.new_cache(length), lambda: model(torch.tensor([[1, 2]]), context_length=length)):
+        with pytest.raises(ConfigError, match=f"context_length={length} is not accepted; give the number of tokens"):
+            call()
+
+
+@pytest.mark.parametrize("items", [0, torch.tensor(0)])
+def test_a_batch_without_labels_costs_nothing(items: int | torch.Tensor) -> None:
+    model, ids = tiny("softmax"), torch.tensor([[1, 2, 3]])
+    loss = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=items).loss
+    loss.backward()
+    assert loss == 0 and not model.lm_head.weight.grad.any()
+
+
+def test_a_negative_number_of_labels_is_refused() -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(ConfigError, match="num_items_in_batch=-1 is not accepted; accepted are counts of labels"):
+        tiny("softmax")(ids, labels=ids, num_items_in_batch=-1)
+
+
+def test_a_model_that_sees_what_it_would_predict_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"causal=False lets every position see .* take FarspanForMaskedLM"):
+        tiny("softmax", causal=False)

@@ -10,6 +10,19 @@ from farspan.errors import ConfigError
 from farspan.mixers.cache import LayerCache
 
 
+def check_context_length(length: int | None) -> None:
+    """Refuses a context without a token.
+
+    Raises:
+        ConfigError: for numbers below 1.
+    """
+    if length is not None and length < 1:
+        raise ConfigError(
+            f"context_length={length} is not accepted; give the number of tokens that scaled positions plan for, "
+            "from 1, or None for the length of the first forward pass."
+        )
+
+
 class FarspanCache(Cache):
     """One `LayerCache` per layer, the number of tokens seen, and each row's next position.
 
@@ -26,6 +39,7 @@ class FarspanCache(Cache):
     def __init__(
         self, layers: Iterable[LayerCache], context_length: int | None = None, mixers: Sequence[str] = ()
     ) -> None:
+        check_context_length(context_length)
         super().__init__(layers=list(layers))
         self.mixers = list(mixers)
         self.context_length = context_length

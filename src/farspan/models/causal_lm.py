@@ -44,6 +44,11 @@ class FarspanForCausalLM(FarspanPreTrainedModel, GenerationMixin):
     def __init__(self, config: FarspanConfig) -> None:
         super().__init__(config)
         self.model = FarspanModel(config)
+        if not config.causal:
+            raise ConfigError(
+                "causal=False lets every position see the token that it would predict; FarspanForCausalLM needs "
+                "causal=True. For a model that looks both ways take FarspanForMaskedLM."
+            )
         if config.vocab_size == 0:
             raise ConfigError("vocab_size=0 has no tokens to predict; FarspanForCausalLM needs a vocabulary.")
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)

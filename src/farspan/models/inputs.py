@@ -9,7 +9,7 @@ from torch import Tensor
 
 from farspan.errors import ConfigError, ShapeError, nearest
 from farspan.mixers.layout import SequenceLayout
-from farspan.models.cache import FarspanCache, positions_of
+from farspan.models.cache import FarspanCache, check_context_length, positions_of
 from farspan.ops import varlen
 
 # What tokenizers, collators and versions of transformers pass along for other models; it has no meaning here.
@@ -89,8 +89,10 @@ def layout_of(
 
     Raises:
         ShapeError: for inputs that do not fit each other.
+        ConfigError: for a context without a token.
     """
     rows, length = shape
+    check_context_length(context_length)
     seen = 0 if cache is None else cache.tokens_seen
     mask = _padding_mask(attention_mask, rows, length, seen)
     if position_ids is None:

@@ -137,7 +137,7 @@ def chunked_cross_entropy(
         labels: `[...]` int64, aligned: `labels[t]` is what position t must predict; −100 is ignored.
         bias: `[V]` or None.
         num_items: the divisor n; None counts the labels that are not −100. With gradient accumulation pass the count
-            over all accumulated batches.
+            over all accumulated batches; where that is 0, nothing is scored, and 1 divides.
 
     Returns:
         Scalar float32 (float64 for float64 input). 0 when every label is ignored.
@@ -150,9 +150,7 @@ def chunked_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
         total = _ChunkedCrossEntropy.apply(flat, weight, bias, targets, dtype)
-    if num_items is None:
-        num_items = (targets != IGNORE_INDEX).sum().clamp(min=1)
-    return total / num_items
+    return total / (_scored(targets).clamp(min=1) if num_items is None else _divisor(num_items))
 
 
 def head_cross_entropy(
@@ -201,7 +199,7 @@ def classification_loss(
         _check_classes(labels, classes, "classes")
         rows, targets = wide.reshape(-1, classes), labels.reshape(-1).long()
         total = torch.nn.functional.cross_entropy(rows, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-        count = (targets != IGNORE_INDEX).sum().clamp(min=1)
+        count = _scored(targets).clamp(min=1)
     elif problem_type in _ELEMENTWISE:
         if classes == 1 and labels.shape == logits.shape[:-1]:
             labels = labels.unsqueeze(-1)
@@ -217,7 +215,7 @@ def classification_loss(
     else:
         accepted = ("single_label_classification", *_ELEMENTWISE)
         raise ConfigError(f"Unknown problem_type {problem_type!r}: {nearest(problem_type, accepted)}")
-    return total / (count if num_items is None else num_items)
+    return total / (count if num_items is None else _divisor(num_items))
 
 
 _ELEMENTWISE: dict[str, Callable[..., Tensor]] = {
@@ -243,4 +241,18 @@ def scored_share(labels: Tensor, num_items: int | Tensor | None) -> Tensor | flo
         labels: of this micro-batch; −100 is not scored.
         num_items: labels of all micro-batches; None has one micro-batch, of weight 1.
     """
-    return 1.0 if num_items is None else (labels != IGNORE_INDEX).sum() / num_items
+    return 1.0 if num_items is None else _scored(labels) / _divisor(num_items)
+
+
+def _scored(labels: Tensor) -> Tensor:
+    """How many labels are scored."""
+    return (labels != IGNORE_INDEX).sum()
+
+
+def _divisor(num_items: int | Tensor) -> int | Tensor:
+    """The number of labels of a whole batch, at least 1: the sum over none of them is 0, and so is its mean."""
+    if isinstance(num_items, Tensor):
+        return num_items.clamp(min=1)
+    if num_items < 0:
+        raise ConfigError(f"num_items_in_batch={num_items} is not accepted; accepted are counts of labels, from 0.")
+    return max(num_items, 1)
