@@ -29,7 +29,7 @@ WALKS = {
     "segments": {"UNIT", "FACTOR", "STORE_END", "STORE_LOST"},
     "ends": {"B", "FACTOR", "REVERSE", "STORE_END", "STORE_LOST"},
 }
-EVERYTHING = {"HAS_SKIP", "HAS_START", "STORE_STATES", "STORE_END", "STORE_LOST"}
+EVERYTHING = {"HAS_SKIP", "HAS_START", "HAS_INITIAL", "STORE_STATES", "STORE_END", "STORE_LOST"}
 GROUPS = {
     "states": (kernels.state_kernel, triton.STATE, 0, ("REVERSE", 0), ("BV", rows.NARROWEST)),
     "output": (kernels.output_kernel, triton.OUTPUT, 1),

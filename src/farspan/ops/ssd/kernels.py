@@ -67,14 +67,15 @@ def prepare_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def state_kernel(
-    k, v, step, total, start, end, lost, states, entering, kept, segments, H, R, rows,
+    k, v, step, total, start, end, lost, states, entering, initial, kept, segments, H, R, rows,
     K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
-    HAS_START: tl.constexpr, STORE_STATES: tl.constexpr, STORE_END: tl.constexpr, STORE_LOST: tl.constexpr,
-    STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_START: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_STATES: tl.constexpr, STORE_END: tl.constexpr,
+    STORE_LOST: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walks a segment of one head: forward for the states, in reverse with queries and dy for their gradients.
 
-    In reverse it gives each chunk's product of the state that enters it, decayed by all of it, and dS.
+    In reverse it gives each chunk's product of the state that enters it, decayed by all of it, and dS. `entering` has
+    these states in the dtype of v, and `initial` the first of each sequence as it was given, where that is one segment.
     """
     i_s, i_h, i_v = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, end_t, chunk = tl.load(segments + 3 * i_s), tl.load(segments + 3 * i_s + 1), tl.load(segments + 3 * i_s + 2)
@@ -106,6 +107,9 @@ def state_kernel(
             tl.store(states + place_s + o_s, b_s.to(states.dtype.element_ty), mask=m_s)
             if REVERSE:
                 b_now = tl.load(entering + place_s + o_s, mask=m_s, other=0.0).to(tl.float32)
+                if HAS_INITIAL:
+                    if i_c == 0:
+                        b_now = tl.load(initial + own + o_s, mask=m_s, other=0.0).to(tl.float32)
                 b_kept = tl.sum(tl.sum(b_now * b_s, axis=1), axis=0) * tl.exp2(b_all)
                 tl.store(kept + ((chunk + i_c) * H + i_h) * tl.num_programs(2) + i_v, b_kept)
         b_vw = (b_v.to(tl.float32) * b_w[:, None]).to(DOT)
