@@ -18,13 +18,9 @@ from farspan.nn.norms import RMSNorm
 from farspan.nn.plain import is_plain
 from farspan.ops._contract import compute_dtype, without_autocast
 from farspan.ops.dynamic_mask.api import SELECTIONS, dynamic_mask_attention
+from farspan.ops.dynamic_mask.scores import LARGEST_EXPONENT, dynamic_mask_scores
 from farspan.ops.dynamic_mask.step import dynamic_mask_step
 from farspan.ops.rotary import rotary_pair
-
-# exp of more would leave float32; a key of this bias takes all weight anyway.
-LARGEST_EXPONENT = 80.0
-# Tokens whose inputs are held in float64 at once.
-ROWS_AT_ONCE = 1 << 15
 
 
 @dataclass
@@ -120,7 +116,12 @@ class DynamicMaskMixer(Mixer):
     bidirectional: ClassVar[bool] = True
     attention_weights: ClassVar[bool] = True
     compact_cache: ClassVar[bool] = True
-    operators: ClassVar[tuple[str, ...]] = ("dynamic_mask_attention", "dynamic_mask_step", "rotary_pair")
+    operators: ClassVar[tuple[str, ...]] = (
+        "dynamic_mask_attention",
+        "dynamic_mask_scores",
+        "dynamic_mask_step",
+        "rotary_pair",
+    )
     joint_projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
     joint: Joint | None = None
     no_weight_decay = ("bias_scale",)
@@ -205,30 +206,56 @@ class DynamicMaskMixer(Mixer):
     def _step(self, x: Tensor, layout: SequenceLayout, cache: LiveKeyCache) -> Tensor:
         """One token per row: the same formulas, the live keys changed in place."""
         q, k, v = self._heads(x)
-        bias = self.key_bias(v)
-        ranking = hidden(self.key_ranking(x, bias, cache), layout.padding_mask)
+        norms = self._norms()
+        if norms is None:
+            q, k = self._normed(q, k)
+        assert self.bias_proj is not None  # what has no bias evicts nothing
+        if is_plain(self.v_proj, self.bias_proj):
+            bias, ranking = self._scores(x, cache.once(self._folded))
+        else:
+            bias = ranking = self.key_bias(v)
         cos, sin = self._rotation(layout)
-        keep = self.options.keep_window_size
-        backend = "torch" if torch.compiler.is_compiling() else "auto"
-        out = dynamic_mask_step(q, k, v, bias, ranking, cache.live(), keep=keep, cos=cos, sin=sin, backend=backend)
+        out = dynamic_mask_step(
+            q,
+            k,
+            v,
+            bias,
+            hidden(ranking, layout.padding_mask),
+            cache.live(),
+            keep=self.options.keep_window_size,
+            cos=cos,
+            sin=sin,
+            norms=norms,
+            norm_eps=self.options.norm_eps,
+            backend=_kernels_unless_compiling(),
+        )
         return self.o_proj(out.flatten(2))
 
     def project(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, T, H, K]`, keys and values `[B, T, G, K]` as the attention reads them."""
         q, k, v = self._heads(x)
+        q, k = self._normed(q, k)
         cos, sin = self._rotation(layout)
         if cos is not None and sin is not None:
             q, k = rotary_pair(q, k, cos, sin)
         return q, k, v
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values before the rotation."""
+        """Queries, keys and values before norms and rotation."""
         counts = (self.heads, self.key_heads, self.key_heads)
         parts = zip(projected(self, x), counts, strict=True)
         q, k, v = (part.unflatten(-1, (count, self.head_dim)) for part, count in parts)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return (q, k) if self.q_norm is None or self.k_norm is None else (self.q_norm(q), self.k_norm(k))
+
+    def _norms(self) -> tuple[Tensor, Tensor] | None:
+        """The weights of both norms, where they say all that the norms compute: neither wrapped nor offloaded."""
+        if type(self.q_norm) is not RMSNorm or type(self.k_norm) is not RMSNorm:
+            return None
+        q, k = self.q_norm.weight, self.k_norm.weight
+        return None if q is None or k is None or q.is_meta else (q, k)
 
     def _rotation(self, layout: SequenceLayout) -> tuple[Tensor, Tensor] | tuple[None, None]:
         if not self.options.rope:
@@ -245,24 +272,23 @@ class DynamicMaskMixer(Mixer):
             bias = self.bias_scale.to(dtype) * softplus(logits.to(dtype))
             return bias.clamp(max=LARGEST_EXPONENT).exp() if self.options.bias_form == "exp" else bias
 
-    def key_ranking(self, x: Tensor, bias: Tensor, cache: LiveKeyCache | None = None) -> Tensor:
-        """What the keys are ranked by, `[B, T, M]`: A·softplus(z), from the layer's input and in float64.
+    def key_ranking(self, x: Tensor, bias: Tensor) -> Tensor:
+        """What the keys are ranked by, `[B, T, M]`: A·softplus(z), from the layer's input (`dynamic_mask_scores`).
 
-        Where two tokens are equal, so must their rankings be, since age decides between equals. The values do not grant
-        that: the last bit of a matrix product depends on its shape and on the place of the row. In float64, rounded to
-        float32, it does not. Where `v_proj` is more than a plain linear layer, the bias itself is the ranking.
-
-        Steps leave the product of both weights, the same for all of them, with their cache.
+        Where `v_proj` is more than a plain linear layer, the bias itself is the ranking.
         """
         if not self.options.selection.startswith("topk") or self.bias_proj is None or self.bias_scale is None:
             return bias.detach()
-        if not is_plain(self.v_proj, self.bias_proj):
-            return bias.detach()
-        with torch.no_grad(), without_autocast(x):
-            folded = self._folded() if cache is None else cache.once(self._folded)
-            logits = [nn.functional.linear(part.double(), *folded) for part in x.split(ROWS_AT_ONCE, dim=1)]
-            return (self.bias_scale.double() * softplus(torch.cat(logits, dim=1))).float()
+        return self._scores(x, self._folded())[1] if is_plain(self.v_proj, self.bias_proj) else bias.detach()
 
+    def _scores(self, x: Tensor, folded: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Bias and ranking of every key, from the layer's input."""
+        assert self.bias_scale is not None
+        exponential = self.options.bias_form == "exp"
+        backend = _kernels_unless_compiling()
+        return dynamic_mask_scores(x, *folded, self.bias_scale, exponential=exponential, backend=backend)
+
+    @torch.no_grad()
     def _folded(self) -> tuple[Tensor, Tensor | None]:
         """Weight and offset, float64, that form z from the layer's input."""
         assert self.bias_proj is not None
@@ -334,3 +360,8 @@ class DynamicMaskMixer(Mixer):
             return min(length, options.keep_window_size * sharing) * (key + bias + 4 * self.key_heads) + 4
         kept = length if options.sliding_window is None else min(length, options.sliding_window - 1)
         return kept * (key + bias)
+
+
+def _kernels_unless_compiling() -> str:
+    """`torch.compile` fuses the formulas of a step itself."""
+    return "torch" if torch.compiler.is_compiling() else "auto"

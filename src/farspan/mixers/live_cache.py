@@ -49,8 +49,7 @@ class LiveKeyCache(LayerCache):
         sharing: R, bias heads per key-value head.
     """
 
-    # A captured graph of its steps has not been proved on a card yet.
-    can_pin = False
+    can_pin = True
 
     def __init__(self, keep: int, sharing: int) -> None:
         super().__init__()

@@ -6,13 +6,25 @@ import triton.language as tl
 
 
 @triton.jit
-def rotated(p, o, m, p_cos, p_sin, R: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _channels(p, o, m, p_weight, b_times, NORMED: tl.constexpr):
+    b = tl.load(p + o, mask=m, other=0).to(tl.float32)
+    if NORMED:
+        b = b * b_times * tl.load(p_weight + o, mask=m, other=0).to(tl.float32)
+        b = b.to(p.dtype.element_ty).to(tl.float32)
+    return b
+
+
+@triton.jit
+def rotated(
+    p, o, m, p_cos, p_sin, R: tl.constexpr, INTERLEAVED: tl.constexpr, p_weight=None, b_times=None,
+    NORMED: tl.constexpr = False,
+):  # fmt: skip
     """Channels `o` (those in `m`) of the vector at `p`, the first R of them rotated; all of them float32.
 
     `p_cos` and `p_sin` are R/2 numbers each. Pairs are (j, j + R/2), or (2j, 2j + 1) with `INTERLEAVED`; R = 0 rotates
-    nothing.
+    nothing. `NORMED`, the vector is multiplied by `b_times` and a weight per channel first, and rounded.
     """
-    b = tl.load(p + o, mask=m, other=0).to(tl.float32)
+    b = _channels(p, o, m, p_weight, b_times, NORMED)
     if R > 0:
         if INTERLEAVED:
             first = o % 2 == 0
@@ -23,7 +35,7 @@ def rotated(p, o, m, p_cos, p_sin, R: tl.constexpr, INTERLEAVED: tl.constexpr):
             partner = tl.where(first, o + R // 2, o - R // 2)
             pair = tl.where(first, o, o - R // 2)
         turns = m & (o < R)
-        b_partner = tl.load(p + partner, mask=turns, other=0).to(tl.float32)
+        b_partner = _channels(p, partner, turns, p_weight, b_times, NORMED)
         b_cos = tl.load(p_cos + pair, mask=turns, other=1)
         b_sin = tl.load(p_sin + pair, mask=turns, other=0)
         b = b * b_cos + tl.where(first, -b_partner, b_partner) * b_sin

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from farspan.errors import ConfigError, ShapeError
 from farspan.ops._backend import register, resolve
@@ -46,6 +47,8 @@ def dynamic_mask_step(
     keep: int,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    norms: tuple[Tensor, Tensor] | None = None,
+    norm_eps: float = 1e-6,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -65,6 +68,8 @@ def dynamic_mask_step(
         live: the memory; n is `live.seen`. There has to be a free slot, which S ≥ w·R grants.
         keep: w.
         cos, sin: `[B, 1, r/2]` float32, of the rotation R of the first r channels; None rotates nothing.
+        norms: weights `[K]` of the RMS norms that queries and keys pass before the rotation; None is no norm.
+        norm_eps: epsilon of these norms.
         scale: factor on q·k; None is K^−½.
         backend: `"auto"`, `"reference"`, `"torch"` (the same function) or `"triton"`.
 
@@ -109,6 +114,8 @@ def dynamic_mask_step(
     contract.mask("live.seen", live.seen, "B")
     contract.tensor("cos", cos, "B T r/2")
     contract.tensor("sin", sin, "B T r/2")
+    for norm in norms or ():
+        contract.tensor("norms", norm, "K")
     sizes = contract.sizes
     heads, key_heads, bias_heads = sizes["H"], sizes["G"], sizes["M"]
     if bias_heads == 0 or bias_heads != key_heads * sizes["R"] or heads % bias_heads:
@@ -122,7 +129,8 @@ def dynamic_mask_step(
     implementation = resolve(op, backend, (q, k, v, *live[:4]))
     with torch.no_grad(), without_autocast(q):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        out: Tensor = implementation(q, k, v, bias, ranking, live, keep=keep, cos=cos, sin=sin, scale=scale)
+        turns = {"cos": cos, "sin": sin, "norms": norms, "norm_eps": norm_eps}
+        out: Tensor = implementation(q, k, v, bias, ranking, live, keep=keep, scale=scale, **turns)
     return out
 
 
@@ -137,10 +145,14 @@ def dynamic_mask_step_torch(
     keep: int,
     cos: Tensor | None,
     sin: Tensor | None,
+    norms: tuple[Tensor, Tensor] | None,
+    norm_eps: float,
     scale: float,
 ) -> Tensor:
     """The formulas as they stand; arguments as `dynamic_mask_step`."""
     keys, values, biases, rankings, born, seen = live
+    if norms is not None:
+        q, k = (rms_norm(x, w.shape, w.to(x.dtype), norm_eps) for x, w in zip((q, k), norms, strict=True))
     if cos is not None and sin is not None:
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
     bias, ranking = bias.unflatten(2, rankings.shape[2:]), ranking.unflatten(2, rankings.shape[2:])
@@ -181,5 +193,4 @@ register(
     torch=dynamic_mask_step_torch,
     triton="farspan.ops.dynamic_mask.step_triton:dynamic_mask_step_triton",
     triton_limits=beyond_steps,
-    automatic=False,
 )

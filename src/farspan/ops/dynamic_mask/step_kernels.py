@@ -26,11 +26,20 @@ def _worth(ranking, born):
     return tl.where(ranking == GONE, NONE, worth)
 
 
+@triton.jit
+def _turned(p, o, m, p_norm, p_cos, p_sin, eps, axis: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+            NORMED: tl.constexpr):  # fmt: skip
+    """Queries or keys, normed and rotated, float32."""
+    b = tl.load(p + o, mask=m, other=0).to(tl.float32)
+    b_times = tl.rsqrt(tl.sum(b * b, axis=axis, keep_dims=True) / K + eps)
+    return rotated(p, o, m, p_cos, p_sin, R, False, p_norm, b_times, NORMED)
+
+
 @triton.jit(do_not_specialize=["S", "keep", "k_row", "v_row"])
 def take_in_kernel(
-    p_k, p_v, p_bias, p_ranking, p_cos, p_sin, p_keys, p_values, p_biases, p_rankings, p_born, p_seen, S, keep,
-    k_row, v_row, G: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
-    BR: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    p_k, p_v, p_bias, p_ranking, p_cos, p_sin, p_norm, p_keys, p_values, p_biases, p_rankings, p_born, p_seen, eps, S,
+    keep, k_row, v_row, G: tl.constexpr, SHARED: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
+    NORMED: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     """Lets the worst of every crowded bias head die, and writes the new key into a free slot if it lives for any."""
     group, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -43,30 +52,33 @@ def take_in_kernel(
     b_ranking = tl.load(p_ranking + new, mask=m_r, other=GONE)
     worth = _worth(b_ranking, age + tl.zeros((BR,), tl.int32))
     count = (b_ranking > GONE).to(tl.int32)
-    worst = worth
+    worst, where, free = worth, tl.full((BR,), 0, tl.int32), S
     for start in range(0, S, BS):
-        place = (start + o_s).to(tl.int64) * G
-        inside = start + o_s < S
+        slot = start + o_s
+        inside = slot < S
+        place = slot.to(tl.int64) * G
         held = tl.load(
             p_rankings + place[None, :] * SHARED + o_r[:, None], mask=m_r[:, None] & inside[None, :], other=GONE
         )
         born = tl.load(p_born + place, mask=inside, other=0)
-        count += tl.sum((held > GONE).to(tl.int32), 1)
-        worst = tl.minimum(worst, tl.min(_worth(held, tl.broadcast_to(born[None, :], (BR, BS))), 1))
+        lives = held > GONE
+        count += tl.sum(lives.to(tl.int32), 1)
+        each = _worth(held, tl.broadcast_to(born[None, :], (BR, BS)))
+        least = tl.min(each, 1)
+        found = tl.min(tl.where(lives & (each == least[:, None]), slot[None, :], S), 1)
+        where = tl.where(least < worst, found, where)
+        worst = tl.minimum(worst, least)
+        free = tl.minimum(free, tl.min(tl.where(inside & (tl.max(lives.to(tl.int32), 0) == 0), slot, S), 0))
     crowded = count > keep
     lives = (b_ranking > GONE) & ((count <= keep) | (worst != worth))
-    free = S
-    for start in range(0, S, BS):
-        place = (start + o_s).to(tl.int64) * G
-        inside = start + o_s < S
-        p_held = p_rankings + place[None, :] * SHARED + o_r[:, None]
-        held = tl.load(p_held, mask=m_r[:, None] & inside[None, :], other=GONE)
-        born = tl.load(p_born + place, mask=inside, other=0)
-        dies = _worth(held, tl.broadcast_to(born[None, :], (BR, BS))) == worst[:, None]
-        dies = dies & crowded[:, None] & (held > GONE)
-        tl.store(p_held, GONE, mask=dies)
-        taken = tl.max(tl.where(dies, 0, (held > GONE).to(tl.int32)), 0)
-        free = tl.minimum(free, tl.min(tl.where(inside & (taken == 0), start + o_s, S), 0))
+    dies = crowded & (worst != worth)
+    # The slot of a dead key is free if no other bias head holds it.
+    p_worst = p_rankings + where.to(tl.int64) * G * SHARED
+    others = tl.load(p_worst[:, None] + o_r[None, :], mask=dies[:, None] & m_r[None, :], other=GONE)
+    held = (others > GONE) & ~(dies[None, :] & (where[None, :] == where[:, None]))
+    free = tl.minimum(free, tl.min(tl.where(dies & (tl.max(held.to(tl.int32), 1) == 0), where, S), 0))
+    tl.debug_barrier()  # everything has been looked at
+    tl.store(p_worst + o_r, GONE, mask=dies)
     tl.debug_barrier()  # the slot of the dead may be the one that is written
     stays = tl.where(free < S, tl.max(lives.to(tl.int32), 0), 0)
     slot = (row * S + free) * G + group
@@ -77,7 +89,7 @@ def take_in_kernel(
     tl.store(p_born + mine, age, mask=stays > 0)
     p_cos += row * (R // 2)
     p_sin += row * (R // 2)
-    b_k = rotated(p_k + row * k_row + group * K, o_k, o_k < K, p_cos, p_sin, R, False)
+    b_k = _turned(p_k + row * k_row + group * K, o_k, o_k < K, p_norm, p_cos, p_sin, eps, 0, K, R, NORMED)
     tl.store(p_keys + slot * K + o_k, b_k.to(p_keys.dtype.element_ty), mask=(o_k < K) & (o_k * 0 + stays > 0))
     b_v = tl.load(p_v + row * v_row + group * V + o_v, mask=o_v < V, other=0.0)
     tl.store(p_values + slot * V + o_v, b_v.to(p_values.dtype.element_ty), mask=(o_v < V) & (o_v * 0 + stays > 0))
@@ -85,9 +97,9 @@ def take_in_kernel(
 
 @triton.jit(do_not_specialize=["S", "parts", "q_row"])
 def live_kernel(
-    p_q, p_cos, p_sin, p_keys, p_values, p_biases, p_rankings, p_parts, p_stats, scale, S, parts, q_row,
+    p_q, p_cos, p_sin, p_norm, p_keys, p_values, p_biases, p_rankings, p_parts, p_stats, scale, eps, S, parts, q_row,
     G: tl.constexpr, SHARED: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
-    QB: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
+    NORMED: tl.constexpr, QB: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One stretch of the slots for the Q query heads of one bias head."""
@@ -99,7 +111,8 @@ def live_kernel(
     nothing = tl.zeros((QB, 1), tl.int32)
     p_cos, p_sin = p_cos + row * (R // 2) + nothing, p_sin + row * (R // 2) + nothing
     p_q += row * q_row + (head * Q + o_q[:, None]) * K
-    b_q = rotated(p_q, o_k[None, :], m_q[:, None] & m_k[None, :], p_cos, p_sin, R, False)
+    m_both = m_q[:, None] & m_k[None, :]
+    b_q = _turned(p_q, o_k[None, :], m_both, p_norm + nothing, p_cos, p_sin, eps, 1, K, R, NORMED)
     b_q = b_q.to(p_q.dtype.element_ty).to(DOT)
     # A first key without weight or value: a row that sees no other gives 0.
     b_max = tl.zeros((QB,), tl.float32) + LOWEST

@@ -11,8 +11,8 @@ from farspan.ops.dynamic_mask.step_kernels import live_kernel, take_in_kernel
 from farspan.ops.softmax.step import Ring
 from farspan.ops.softmax.step_triton import Split
 
-# Slots that are looked at together.
-SLOTS = 1024
+# Slots that are looked at together, and numbers of keys of a tile.
+SLOTS, TILE = 2048, 8192
 
 
 def dynamic_mask_step_triton(
@@ -27,6 +27,8 @@ def dynamic_mask_step_triton(
     keep: int,
     cos: Tensor | None,
     sin: Tensor | None,
+    norms: tuple[Tensor, Tensor] | None,
+    norm_eps: float,
 ) -> Tensor:
     """The kernels' form of `dynamic_mask_step`; arguments as there."""
     q, k, v = (dense_rows(x) for x in (q, k, v))
@@ -36,7 +38,9 @@ def dynamic_mask_step_triton(
     turned = cos is not None and sin is not None
     # What is not there is stood for by something; it is never read.
     turns = [x.contiguous() if x is not None else split.stats for x in (cos, sin)]
+    q_norm, k_norm = (split.stats, split.stats) if norms is None else (x.contiguous() for x in norms)
     sizes: dict[str, Any] = {
+        "NORMED": norms is not None,
         "G": groups,
         "SHARED": sharing,
         "K": q.shape[-1],
@@ -51,7 +55,9 @@ def dynamic_mask_step_triton(
         bias.float().contiguous(),
         ranking.float().contiguous(),
         *turns,
+        k_norm,
         *live,
+        float(norm_eps),
         slots,
         keep,
         k.stride(0),
@@ -61,10 +67,12 @@ def dynamic_mask_step_triton(
         num_warps=4,
         **sizes,
     )
-    tiles = {name: split.constants[name] for name in ("QB", "BT", "DOT", "PRECISION", "num_warps", "num_stages")}
+    tiles = {name: split.constants[name] for name in ("QB", "DOT", "PRECISION", "num_warps")}
+    tiles["BT"] = max(16, TILE * 2 // keys.itemsize // max(sizes["BK"], sizes["BV"]))
     live_kernel[(groups * sharing, split.parts, len(q))](
         q,
         *turns,
+        q_norm,
         keys,
         values,
         biases,
@@ -72,10 +80,12 @@ def dynamic_mask_step_triton(
         split.sums,
         split.stats,
         float(scale),
+        float(norm_eps),
         slots,
         split.parts,
         q.stride(0),
         Q=q.shape[2] // (groups * sharing),
+        num_stages=2,
         **tiles,
         **sizes,
     )
