@@ -41,7 +41,8 @@ class RowSparseAdamW(torch.optim.AdamW):
 
     Cost:
         The gradient is dense and read once, 4 bytes a number; a touched row costs 24 bytes a number more, which is what
-        AdamW costs for every row. Moments are those of AdamW, and one number more a row. On NVIDIA GPUs one kernel.
+        AdamW costs for every row. Moments are those of AdamW, and one number more a row. On NVIDIA GPUs one kernel;
+        elsewhere the touched rows are copied, in parts, and only few of them pay.
 
     Note:
         Tables cut by rows over ranks (`fully_shard`) are updated where they are, rank by rank. `torch.optim.SparseAdam`
@@ -165,5 +166,4 @@ register(
     torch=update_rows,
     triton="farspan.training.row_sparse_kernel:update_rows_triton",
     triton_limits=_limits,
-    automatic=False,
 )

@@ -53,8 +53,13 @@ def update_rows_triton(
         with torch.cuda.device_of(table):
             row_adamw_kernel[(rows,)](
                 table, gradient, exp_avg, exp_avg_sq, step, float(rate), float(shrink),
-                **constants(betas, epsilon, width), num_warps=4 if width <= 2048 else 8,
+                **constants(betas, epsilon, width), num_warps=warps(width),
             )  # fmt: skip
+
+
+def warps(width: int) -> int:
+    """Warps of a program."""
+    return 4 if width <= 2048 else 8
 
 
 def constants(betas: tuple[float, float], epsilon: float, width: int) -> dict[str, float | int]:
