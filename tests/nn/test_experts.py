@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from farspan.errors import ConfigError
 from farspan.nn.experts import retrieval
-from farspan.nn.experts.balance import balance_record, load_balance, token_shares
+from farspan.nn.experts.balance import balance_record, load_balance
 from farspan.nn.experts.cdmoe import CDMoE, CDMoEOptions
 from farspan.nn.experts.peer import PEER, PEEROptions
 from farspan.nn.experts.routers import QueryKeyRouter
@@ -268,8 +268,7 @@ def test_loss_is_one_for_even_probabilities_whatever_the_load(experts: int, seed
 
 
 def test_loss_and_statistics_at_both_ends() -> None:
-    shares = token_shares(torch.zeros(8), None)
-    one = balance_record(torch.zeros(8, 1, dtype=torch.long), shares, torch.eye(4)[0], torch.zeros(()), 1.0)
+    one = balance_record(torch.zeros(8, 1, dtype=torch.long), None, torch.eye(4)[0], torch.zeros(()), 1.0)
     assert one.loss == 4
     assert {name: float(x) for name, x in one.statistics.items()} == {
         "experts_used": 0.25,
@@ -277,9 +276,7 @@ def test_loss_and_statistics_at_both_ends() -> None:
         "load_entropy": 0.0,
         "router_entropy": 0.0,
     }
-    even = balance_record(
-        torch.arange(8).view(8, 1) % 4, shares, torch.full((4,), 0.25), torch.tensor(math.log(4)), 1.0
-    )
+    even = balance_record(torch.arange(8).view(8, 1) % 4, None, torch.full((4,), 0.25), torch.tensor(math.log(4)), 1.0)
     assert {name: float(x) for name, x in even.statistics.items()} == {
         "experts_used": 1.0,
         "busiest_expert": 1.0,
@@ -289,7 +286,7 @@ def test_loss_and_statistics_at_both_ends() -> None:
     assert even.loss == 1
     nothing = balance_record(
         torch.zeros(8, 1, dtype=torch.long),
-        token_shares(torch.zeros(8), torch.zeros(8, dtype=torch.bool)),
+        torch.zeros(8, dtype=torch.bool),
         torch.zeros(4),
         torch.zeros(()),
         1.0,

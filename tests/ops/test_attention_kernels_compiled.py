@@ -24,6 +24,7 @@ from farspan.ops.dynamic_mask import expiry_kernels
 from farspan.ops.dynamic_mask import kernels as lanes
 from farspan.ops.experts import kernels as experts
 from farspan.ops.experts import routing_kernels as routing
+from farspan.ops.experts import triton as bag_tiles
 
 pytestmark = pytest.mark.slow
 
@@ -33,8 +34,8 @@ SPILLED_BYTES = 256
 EXCHANGING = {("lane gradient", 80): 640, ("lane gradient", 90): 320}
 EXCHANGING |= {("wide lane gradient", 80): 4352, ("wide lane gradient", 90): 768}
 FLOAT32 = {"lses", "total", "base_lse", "cos", "sin", "bias", "lse", "delta", "dk", "dv", "d_bias", "line", "sums"}
-FLOAT32 |= {"hidden", "coefficients", "d_hidden", "sums"}
-TABLES = {"table", "expires", "ranks", "windows", "ends", "starts", "before", "offsets", "begins"}
+FLOAT32 |= {"hidden", "coefficients", "weights", "d_hidden", "d_weights", "sums"}
+TABLES = {"table", "expires", "ranks", "windows", "ends", "starts", "before", "offsets"}
 NUMBERS = {
     "R",
     "keep",
@@ -55,18 +56,26 @@ NUMBERS = {
     "P",
     "candidates",
 }
-NUMBERS |= {"E", "K", "P", "candidates", "dilation", "reach", "count", "lowest"}
-LONG = {"order", "ids", "piece_ends", "part_ends", "experts", "chosen", "chosen_x", "chosen_y"}
+NUMBERS |= {"N", "pieces", "x_row", "y_row", "K", "P", "candidates", "dilation", "reach", "count", "lowest"}
+LONG = {"order", "ids", "begins"}
 PERIODS = {"PERIODS": (4096, 8192, 32768), "DILATIONS": (2, 4, 12)}
 BOXES = PERIODS | {"D": 64, "BT": 64, "BD": 64, "NUMBERS": 8}
 TURNED = {"K": 64, "R": 32, "HEAD": False, "BT": 32, "BK": 64}
 ROTATED = {"K": 64, "R": 32, "BT": 16, "HB": 4, "BK": 64}
-BAGS = {"D": 1024, "BR": 4, "BD": 1024, "ACT": "silu", "PIECE": 256}
+BAGS = {"ACT": "silu", "PARTS": 2, "STRETCH": 32, "PIECE": 256}
 RANKED = {"BP": 128, "BA": 64, "BC": 512, "BK": 64}
 TILES = {"D": 64, "V": 64, "BD": 64, "BV": 64, "C": 64, "QB": 2, "DOT": tl.bfloat16, "PRECISION": "ieee"}
 WIDE = {"D": 128, "V": 128, "BD": 128, "BV": 128}
 ROWS = {"K": 64, "V": 64, "BK": 64, "BV": 64, "BM": 64, "BN": 64, "CAUSAL": True, "BIAS": True, "PRECISION": "ieee"}
 WIDE_ROWS = ROWS | {"K": 128, "V": 128, "BK": 128, "BV": 128}
+
+
+def bags(kernel: Any, tile: tuple[int, ...]) -> tuple[Any, dict[str, Any], int, int, bool]:
+    """A kernel of retrieved experts of 1024 channels."""
+    constants = bag_tiles._constants(kernel, tile, 1024, *BAGS.items())
+    return kernel, dict(constants), tile[2], tile[3], False
+
+
 # Kernel, compile-time arguments, warps, stages, whether it multiplies matrices.
 KERNELS: dict[str, tuple[Any, dict[str, Any], int, int, bool]] = {
     "merge boxes": (dilated.merge_kernel, BOXES | {"BASE": 2048}, 4, 3, False),
@@ -89,14 +98,14 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], int, int, bool]] = {
     "coefficients gradient": (collinear.coefficient_gradient_kernel, TURNED, 4, 3, False),
     "window": (expiry_kernels.window_kernel, {"N": 64, "BX": 1024, "PACKED": False}, 4, 3, False),
     "expiry": (expiry_kernels.expiry_kernel, {"N": 64, "PACKED": True}, 4, 3, False),
-    "dots": (experts.dots_kernel, BAGS, 4, 3, False),
-    "mix": (experts.mix_kernel, BAGS, 4, 3, False),
-    "expert gradient": (experts.gradient_kernel, BAGS, 4, 3, False),
-    "join experts": (experts.join_kernel, BAGS, 4, 3, False),
+    "dots": bags(experts.dots_kernel, bag_tiles.DOTS),
+    "mix": bags(experts.mix_kernel, bag_tiles.MIX),
+    "expert gradient": bags(experts.gradient_kernel, bag_tiles.GRADIENT),
+    "join experts": bags(experts.join_kernel, bag_tiles.JOIN),
     "product keys": (routing.topk_kernel, RANKED | {"WIDE": False}, 1, 3, False),
     "float32 product keys": (routing.topk_kernel, RANKED | {"WIDE": True}, 1, 3, False),
     "a million product keys": (routing.topk_kernel, RANKED | {"WIDE": False, "BP": 1024}, 4, 3, False),
-    "spread": (routing.spread_kernel, RANKED, 4, 3, False),
+    "spread": (routing.spread_kernel, RANKED, 1, 3, False),
     "link": (expiry_kernels.link_kernel, {"BX": 1024}, 4, 3, False),
     "hop": (expiry_kernels.hop_kernel, {"BX": 1024}, 4, 3, False),
     "birth": (expiry_kernels.birth_kernel, {"C": 64, "BX": 1024}, 4, 3, False),

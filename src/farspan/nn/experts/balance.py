@@ -45,13 +45,15 @@ def token_shares(probability: Tensor, keep: Tensor | None) -> Tensor:
         probability: `[N, ...]`, what is to be averaged; gives number, dtype and device.
         keep: `[N]` bool, True for real tokens; None means all.
     """
-    counted = probability.new_ones(len(probability)) if keep is None else keep.to(probability.dtype)
+    if keep is None:
+        return probability.new_full((len(probability),), 1 / max(1, len(probability)))
+    counted = keep.to(probability.dtype)
     return counted / counted.sum().clamp(min=1)
 
 
 def balance_record(
     expert_ids: Tensor,
-    shares: Tensor,
+    keep: Tensor | None,
     probability: Tensor,
     entropy: Tensor,
     coefficient: float,
@@ -61,7 +63,7 @@ def balance_record(
 
     Args:
         expert_ids: the selections, `[N, R]` int64.
-        shares: weight of each token, `[N]`; see `token_shares`.
+        keep: `[N]` bool, True for the tokens that count; None means all.
         probability: mean probability of each expert over the tokens, `[E]`, differentiable.
         entropy: mean entropy of the router's distribution over the experts, in nats.
         coefficient: factor of the auxiliary loss; 0 leaves the loss out.
@@ -75,9 +77,11 @@ def balance_record(
         - `load_entropy`: entropy of the load, 1 for an even one, 0 if one expert has it all;
         - `router_entropy`: entropy of the router's distribution per token on the same scale.
     """
-    experts, slots = probability.numel(), expert_ids.shape[-1]
-    weights = (shares / slots).unsqueeze(-1).expand_as(expert_ids)
-    load = torch.zeros_like(probability).scatter_add(0, expert_ids.flatten(), weights.flatten())
+    experts = probability.numel()
+    counted = expert_ids.new_ones(1, 1, dtype=torch.int32) if keep is None else keep.int().unsqueeze(-1)
+    # Integers, whose sums do not depend on their order.
+    counts = counted.new_zeros(experts).scatter_add(0, expert_ids.flatten(), counted.expand_as(expert_ids).flatten())
+    load = counts.to(probability.dtype) / counts.sum().clamp(min=1)
     largest = math.log(max(experts, 2))
     statistics = {
         "experts_used": (load > 0).to(load.dtype).mean(),

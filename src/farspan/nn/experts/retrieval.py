@@ -178,18 +178,22 @@ class RetrievedExperts(nn.Module):
 
     def _record(self, routing: Routing, keep: Tensor | None) -> AuxiliaryRecord:
         # The softmax over all sums of two scores is the product of the softmaxes over either.
-        axes = [torch.log_softmax(s.to(routing.weights.dtype), dim=-1) for s in (routing.scores_x, routing.scores_y)]
+        wide = routing.weights.dtype
+        axes = [torch.log_softmax(s, dim=-1, dtype=wide) for s in (routing.scores_x, routing.scores_y)]
         px, py = (axis.exp() for axis in axes)
-        shares = token_shares(px, keep)
-        share = (shares / px.shape[1]).view(-1, 1, 1)
+        share = (token_shares(px, keep) / px.shape[1]).view(-1, 1, 1)
+        weighted = px * share
         with without_autocast(px):
-            probability = (px * share).flatten(0, 1).mT @ py.flatten(0, 1)
-        entropy = -(share * (px * axes[0] + py * axes[1])).sum()
+            probability = weighted.flatten(0, 1).mT @ py.flatten(0, 1)
+        with torch.no_grad():
+            x, y = (
+                torch.dot(p.flatten(), axis.flatten()) for p, axis in zip((weighted, py * share), axes, strict=True)
+            )
         return balance_record(
             routing.expert_ids.flatten(1),
-            shares,
+            keep,
             probability.flatten(),
-            entropy,
+            -(x + y),
             self.options.router_aux_loss_coef,
             self.options.pool_aux_loss,
         )

@@ -81,10 +81,11 @@ class SEIMoE(FeedForward):
         y = routed + torch.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)[0]
         if not self.training:
             return y.view(x.shape), None
-        shares = token_shares(probability, None if padding_mask is None else padding_mask.flatten())
+        keep = None if padding_mask is None else padding_mask.flatten()
+        shares = token_shares(probability, keep)
         record = balance_record(
             expert_ids,
-            shares,
+            keep,
             (shares.unsqueeze(-1) * probability).sum(0),
             -(shares.unsqueeze(-1) * probability * log_probability).sum(),
             self.options.router_aux_loss_coef,

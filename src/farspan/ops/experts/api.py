@@ -12,14 +12,16 @@ from farspan.ops.activations import ACTIVATIONS
 from farspan.ops.experts.reference import product_key_topk_reference, retrieved_experts_reference
 from farspan.ops.experts.torch import product_key_topk_sorted, retrieved_experts_bags
 
-# What a program of the kernels holds: keys of an axis, chosen experts, numbers of a row.
-MOST_KEYS, MOST_CHOSEN, WIDEST = 1024, 256, 8192
+# What a program of the kernels holds: keys of an axis, chosen experts, bytes of a row.
+MOST_KEYS, MOST_CHOSEN, WIDEST = 1024, 256, 16384
 
 
 def too_wide(tensors: Sequence[Tensor]) -> str | None:
-    """Why the kernels of experts cannot serve these tensors; None if they can."""
-    if tensors[0].shape[1] > WIDEST:
-        return f"the kernels hold rows of at most D={WIDEST} numbers, not {tensors[0].shape[1]}"
+    """Why the kernels of experts cannot serve these tensors, of which the last is a table; None if they can."""
+    table = tensors[-1]
+    if table.shape[1] * table.element_size() > WIDEST:
+        most = WIDEST // table.element_size()
+        return f"the kernels hold rows of at most D={most} numbers of {table.dtype}, not {table.shape[1]}"
     return no_double(tensors)
 
 
@@ -29,7 +31,6 @@ register(
     torch=product_key_topk_sorted,
     triton="farspan.ops.experts.routing_triton:product_key_topk_triton",
     triton_limits=no_double,
-    automatic=False,
 )
 register(
     "retrieved_experts",
@@ -37,7 +38,6 @@ register(
     torch=retrieved_experts_bags,
     triton="farspan.ops.experts.triton:retrieved_experts_triton",
     triton_limits=too_wide,
-    automatic=False,
 )
 
 

@@ -1,17 +1,22 @@
 """Retrieved experts through Triton kernels: two nodes, forward and backward."""
 
-from typing import Any, NamedTuple
+import functools
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from farspan.ops._launch import Constants, compile_ahead, launch
 from farspan.ops._library import register_node
 from farspan.ops.experts import kernels
 from farspan.ops.experts.torch import Slots, retrieved_experts_bags
 
-# Rows read together and warps of a program: of dots, of mixtures (with the channels of a program), of gradients.
-DOTS, MIX, GRADIENT = (8, 4), (16, 512, 4), (4, 4)
+# Rows read together, channels of a program, its warps for each 1024 of them, the depth of its pipeline: of dots, of
+# mixtures, of gradients (which hold whole rows), of sums of pieces.
+DOTS, MIX, GRADIENT, JOIN = (4, 1024, 1, 1), (8, 256, 1, 1), (1, 8192, 1, 3), (1, 256, 1, 1)
+# Slots of a token that one program of the dots goes through.
+STRETCH = 32
 # Slots of an expert that one program of the gradient goes through.
 PIECE = 256
 
@@ -50,94 +55,116 @@ class _Experts(torch.autograd.Function):
 def _forward(
     x: Tensor, ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
-    out, hidden = _forward_room(x, ids, weights, down, up, activation)
+    results = _forward_room(x, ids, weights, down, up, activation)
     if ids.numel():
-        width, coefficients = x.shape[1], torch.empty_like(hidden)
         with torch.cuda.device_of(x):
-            rows, warps = DOTS
-            kernels.dots_kernel[(len(ids), triton.cdiv(ids.shape[1], rows))](
-                x, ids, weights, down, hidden, coefficients, ids.shape[1],
-                ACT=activation, D=width, BR=rows, BD=triton.next_power_of_2(width), num_warps=warps,
-            )  # fmt: skip
-            _mix(coefficients, ids, up, out)
-    return out, hidden
+            key = x.device, x.shape[1], activation, x.dtype, weights.dtype, up.dtype
+            compile_ahead(("experts", *key), lambda: _rehearse(x, weights, down, up, activation))
+            _run(x, ids, weights, down, up, activation, results)
+    return results
+
+
+def _run(
+    x: Tensor, ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, activation: str, results: tuple[Tensor, Tensor]
+) -> None:
+    out, hidden = results
+    programs = len(x), triton.cdiv(ids.shape[1], STRETCH)
+    arguments = x, ids, down, hidden, *ids.shape
+    _launch(kernels.dots_kernel, programs, arguments, DOTS, x.shape[1], STRETCH=STRETCH)
+    _mix(weights, hidden, ids, up, out, activation)
 
 
 def _forward_room(
     x: Tensor, ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
-    return up.new_empty(x.shape), x.new_empty(ids.shape, dtype=torch.float32)
+    """Room for the outputs, and for the pre-activations `[blocks of channels, N, R]`, whose sums they are."""
+    return up.new_empty(x.shape), x.new_empty(_blocks(DOTS, x.shape[1]), *ids.shape, dtype=torch.float32)
 
 
-def _mix(coefficients: Tensor, ids: Tensor, table: Tensor, out: Tensor) -> None:
-    rows, channels, warps = MIX
-    width = table.shape[1]
-    channels = min(channels, triton.next_power_of_2(width))
-    kernels.mix_kernel[(len(ids), triton.cdiv(width, channels))](
-        coefficients, ids, table, out, ids.shape[1], D=width, BR=rows, BD=channels, num_warps=warps
-    )
-
-
-class _Pieces(NamedTuple):
-    """The slots of each expert, cut into pieces of at most PIECE.
-
-    Attributes:
-        order: `[N·R]`, the slots in the order of their experts; those of one expert in the order of tokens.
-        begins: `[E + 1]`, where the slots of each expert begin in it.
-        piece_ends: `[E]`, how many pieces there are up to each expert's last.
-        part_ends: `[E]`, the same, counting those of experts with several pieces alone.
-        expert_of_piece: for each piece that there may be its expert; E behind the last.
-        expert_of_part: the same among the pieces of experts with several.
-    """
-
-    order: Tensor
-    begins: Tensor
-    piece_ends: Tensor
-    part_ends: Tensor
-    expert_of_piece: Tensor
-    expert_of_part: Tensor
-
-    @classmethod
-    def of(cls, ids: Tensor, experts: int) -> "_Pieces":
-        _, order, begins = Slots.of(ids, experts)
-        begins = begins.int()
-        pieces = (begins.diff() + (PIECE - 1)) // PIECE
-        piece_ends = pieces.cumsum(0)
-        part_ends = (pieces * (pieces > 1)).cumsum(0)
-        numbers = torch.arange(min(experts, len(order)) + len(order) // PIECE, device=ids.device)
-        of_part = torch.searchsorted(part_ends, numbers[: 2 * len(order) // PIECE], right=True)
-        return cls(order, begins, piece_ends, part_ends, torch.searchsorted(piece_ends, numbers, right=True), of_part)
+def _mix(coefficients: Tensor, hidden: Tensor, ids: Tensor, vectors: Tensor, out: Tensor, activation: str) -> None:
+    arguments = coefficients, hidden, ids, vectors, out, *ids.shape
+    _launch(kernels.mix_kernel, (len(ids),), arguments, MIX, vectors.shape[1], ACT=activation, PARTS=len(hidden))
 
 
 def _backward(
     dy: Tensor, x: Tensor, ids: Tensor, weights: Tensor, hidden: Tensor, down: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dw = torch.empty_like(x), torch.empty_like(weights)
-    d_down, d_up = torch.zeros_like(down), torch.zeros_like(up)
+    results = _backward_room(dy, x, ids, weights, hidden, down, up, activation)
     if not ids.numel():
-        return dx.zero_(), dw, d_down, d_up
-    order, begins, piece_ends, part_ends, of_piece, of_part = _Pieces.of(ids, len(down))
-    (experts, width), d_hidden = down.shape, torch.empty_like(hidden)
-    parts = x.new_empty(max(1, len(of_part)), 2, width, dtype=torch.float32)
-    rows, warps = GRADIENT
-    sizes = {"D": width, "PIECE": PIECE, "BD": triton.next_power_of_2(width)}
+        for gradient in results:
+            gradient.zero_()
+        return results
+    _, order, begins = Slots.of(ids, len(down))
     with torch.cuda.device_of(x):
-        kernels.gradient_kernel[(len(of_piece),)](
-            x, dy, weights, hidden, up, order, begins, piece_ends, part_ends, of_piece, d_hidden, dw, d_down, d_up,
-            parts, ids.shape[1], experts, ACT=activation, BR=rows, num_warps=warps, **sizes,
-        )  # fmt: skip
-        if len(of_part):
-            kernels.join_kernel[(len(of_part),)](
-                parts, begins, part_ends, of_part, d_down, d_up, experts, num_warps=warps, **sizes
-            )
-        _mix(d_hidden, ids, down, dx)
-    return dx, dw, d_down, d_up
+        _run_backward(dy, x, ids, weights, hidden, down, up, activation, order, begins, results)
+    return results
+
+
+def _run_backward(
+    dy: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    hidden: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    order: Tensor,
+    begins: Tensor,
+    results: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    dx, dw, d_down, d_up = results
+    (experts, width), pieces = down.shape, triton.cdiv(len(order), PIECE)
+    sums, d_hidden = hidden.new_empty(pieces, 2, 2, width), hidden.new_empty(ids.shape)
+    arguments: tuple[Any, ...] = (x, dy, weights, hidden, up, ids, order, begins, d_hidden, dw, d_down, d_up, sums)
+    arguments += (*ids.shape, pieces)
+    switches = {"ACT": activation, "PARTS": len(hidden), "PIECE": PIECE}
+    _launch(kernels.gradient_kernel, (pieces + experts,), arguments, GRADIENT, width, **switches)
+    arguments = sums, ids, order, begins, d_down, d_up
+    _launch(kernels.join_kernel, (pieces,), arguments, JOIN, width, PIECE=PIECE)
+    _mix(d_hidden, d_hidden.unsqueeze(0), ids, down, dx, "none")
 
 
 def _backward_room(
     dy: Tensor, x: Tensor, ids: Tensor, weights: Tensor, hidden: Tensor, down: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weights), torch.empty_like(down), torch.empty_like(up)
+
+
+def _rehearse(x: Tensor, weights: Tensor, down: Tensor, up: Tensor, activation: str) -> None:
+    """Makes all launches for one token and one slot."""
+    x, down, up = x[:1], down[:1], up[:1]
+    weights, ids = x.new_empty(1, 1, dtype=weights.dtype), x.new_empty(1, 1, dtype=torch.int64)
+    results = _forward_room(x, ids, weights, down, up, activation)
+    _run(x, ids, weights, down, up, activation, results)
+    backward = results[0], x, ids, weights, results[1], down, up, activation
+    _run_backward(*backward, ids[0], ids[0], _backward_room(*backward))
+
+
+def _launch(
+    kernel: Any,
+    programs: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    tile: tuple[int, ...],
+    width: int,
+    **switches: Any,
+) -> None:
+    """Starts a kernel whose last axis of programs is the blocks of channels."""
+    constants = _constants(kernel, tile, width, *switches.items())
+    warps = tile[2] * triton.cdiv(constants["BD"], 1024)
+    launch(kernel, (*programs, _blocks(tile, width)), arguments, constants, warps, tile[3])
+
+
+def _blocks(tile: tuple[int, ...], width: int) -> int:
+    return triton.cdiv(width, tile[1])
+
+
+@functools.cache
+def _constants(kernel: Any, tile: tuple[int, ...], width: int, *switches: tuple[str, Any]) -> Constants:
+    rows, channels, _, stages = tile
+    sizes = {"D": width, "BR": rows, "BD": min(channels, triton.next_power_of_2(width)), "STAGES": stages}
+    given = dict(switches) | sizes
+    return Constants({name: given[name] for name in kernel.arg_names if name in given})
 
 
 forward_node = register_node(
