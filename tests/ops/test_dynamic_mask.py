@@ -204,16 +204,26 @@ def test_unselected_keys_have_a_bias_gradient_of_exactly_zero(no_short_form: Non
     past=st.sampled_from([0, 0, 5, 70]),
     keep=st.sampled_from([1, 2, 7, 40, 200]),
     heads=st.sampled_from([(4, 2, 2), (4, 2, 4), (4, 4, 2), (2, 1, 1), (4, 2, 1)]),
+    select=st.sampled_from(["topk_causal", "topk_global"]),
+    causal=st.booleans(),
     tied=st.booleans(),
     masked=st.booleans(),
 )
-def test_blocks_of_live_keys_equal_the_definition(
-    queries: int, past: int, keep: int, heads: tuple[int, int, int], tied: bool, masked: bool
+def test_keys_that_are_kept_equal_the_definition(
+    queries: int,
+    past: int,
+    keep: int,
+    heads: tuple[int, int, int],
+    select: str,
+    causal: bool,
+    tied: bool,
+    masked: bool,
 ) -> None:
+    options: dict[str, Any] = {"select": select, "keep": keep, "causal": causal}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast, "SHORT", 0)
         mask = torch.rand(2, queries + past) > 0.4 if masked else None
-        forms_agree(make(queries, past, heads, tied=tied), keep=keep, key_mask=mask)
+        forms_agree(make(queries, past, heads, tied=tied), key_mask=mask, **options)
 
 
 @given(

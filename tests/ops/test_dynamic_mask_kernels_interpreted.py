@@ -88,6 +88,11 @@ def test_packed_documents_match_the_definition() -> None:
     compare(make(64, batch=1), keep=8, cu_seqlens=boundaries([20, 0, 1, 43]))
 
 
+@pytest.mark.parametrize("lengths", [[64], [20, 0, 1, 43]])
+def test_keys_chosen_once_match_the_definition(lengths: list[int]) -> None:
+    compare(make(64, batch=1, tied=True), keep=8, select="topk_global", cu_seqlens=boundaries(lengths))
+
+
 def test_another_ranking_matches_the_definition() -> None:
     compare(make(40, batch=1), keep=9, ranking=torch.randn(1, 40, 2))
 

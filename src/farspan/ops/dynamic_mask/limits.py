@@ -22,11 +22,18 @@ def kernel_limits(tensors: Sequence[Tensor]) -> str | None:
 
 def option_limits(q: Tensor, k: Tensor, bias: Tensor, selection: Selection) -> str | None:
     """Why the kernels cannot serve this selection; None if they can."""
-    if selection.select != "topk_causal" or not selection.causal or bias.dim() != 3:
-        return "the kernels serve select='topk_causal' with causal=True and a bias per key"
+    if not selection.select.startswith("topk") or not selection.causal or bias.dim() != 3:
+        return "the kernels serve top-k selections with causal=True and a bias per key"
     if selection.window is not None or selection.block_size is not None:
         return "the kernels have neither window nor block_size"
     if selection.keep >= k.shape[1]:
         return f"keep={selection.keep} drops none of {k.shape[1]} keys"
+    if selection.select == "topk_global" and not drops_most(k.shape[1], selection):
+        return f"keep={selection.keep} of {k.shape[1]} keys leave most pairs, which PyTorch's fused kernels do faster"
     few = q.shape[1] == 1 or q.shape[1] * k.shape[1] <= SHORT
     return "the definition is faster for so few scores" if few else None
+
+
+def drops_most(keys: int, selection: Selection) -> bool:
+    """Whether so few keys stay that gathering them is faster than attention to all."""
+    return keys >= 4 * selection.keep

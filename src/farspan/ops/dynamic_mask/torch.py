@@ -9,8 +9,8 @@ from torch.nn.functional import pad
 from farspan.ops import varlen
 from farspan.ops._contract import compute_dtype
 from farspan.ops.dynamic_mask.blocks import HIDDEN, attend_live
-from farspan.ops.dynamic_mask.expiry import expiry, ranks_of
-from farspan.ops.dynamic_mask.limits import SHORT
+from farspan.ops.dynamic_mask.expiry import expiry, order_of, ranks_of
+from farspan.ops.dynamic_mask.limits import SHORT, drops_most
 from farspan.ops.dynamic_mask.reference import Selection, dynamic_mask_attention_reference, key_blocks, smoothed
 from farspan.ops.softmax.torch import softmax_attention_sdpa
 
@@ -18,10 +18,11 @@ from farspan.ops.softmax.torch import softmax_attention_sdpa
 def dynamic_mask_attention_torch(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: float, selection: Selection
 ) -> Tensor:
-    """See `dynamic_mask_attention`. Three forms, the first that fits:
+    """See `dynamic_mask_attention`. Four forms, the first that fits:
 
+    - causal top-w selections without a window: each key's expiry, then blocks of live keys, O(T·w);
+    - w keys that every query sees: these alone, O(T·w);
     - every key chosen once for all queries, or all keys: the bias of the others is lowered, fused kernels do the rest;
-    - `topk_causal` without a window: each key's expiry, then blocks of live keys, O(T·w);
     - all else, short sequences and a single query: the definition with its masks, O(T·S) memory.
     """
     queries, keys = q.shape[1], k.shape[1]
@@ -32,6 +33,11 @@ def dynamic_mask_attention_torch(
         select = "none"
     selection = replace(selection, select=select)
     fast = bias.dim() == 3 and queries > 1 and queries * keys > SHORT
+    few = select == "topk_global" and window is None and not smooth and drops_most(keys, selection)
+    if fast and few and selection.causal:
+        return _live(q, k, v, bias, scale, selection)
+    if fast and few and selection.cu_seqlens is None:
+        return _gathered(q, k, v, bias, scale, selection)
     if fast and select != "topk_causal" and (window is None or selection.key_mask is None):
         return _fused(q, k, v, bias, scale, selection)
     if fast and select == "topk_causal" and selection.causal and window is None and not smooth:
@@ -41,7 +47,7 @@ def dynamic_mask_attention_torch(
 
 def _live(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, selection: Selection) -> Tensor:
     wide, cu_seqlens = compute_dtype(q, k, v), selection.cu_seqlens
-    bias = without_padding(bias, selection)
+    bias = candidates(bias, selection)
     expires = expiry(ranking_of(bias, selection), selection.keep, cu_seqlens)
     starts = torch.zeros(k.shape[1], dtype=torch.int32, device=k.device)
     if cu_seqlens is not None:
@@ -49,6 +55,21 @@ def _live(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, selection
     wide_q, wide_k, wide_v, wide_bias = (x.to(wide) for x in (q, k, v, bias))
     out = attend_live(wide_q, wide_k, wide_v, wide_bias, expires, starts, scale=scale, keep=selection.keep)
     return out.to(v.dtype)
+
+
+def _gathered(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, selection: Selection) -> Tensor:
+    bias = without_padding(bias, selection)
+    units = max(k.shape[2], bias.shape[2])
+    order = order_of(ranking_of(bias.detach(), selection))[:, -selection.keep :]
+    place = order.unflatten(0, (len(bias), -1)).transpose(1, 2).repeat_interleave(units // bias.shape[2], dim=2)
+
+    def taken(x: Tensor) -> Tensor:
+        """`[B, S, G or M, …]` → `[B, w, U, …]`."""
+        index = place.reshape(*place.shape, *[1] * (x.dim() - 3)).expand(*place.shape, *x.shape[3:])
+        return x.repeat_interleave(units // x.shape[2], dim=2).gather(1, index)
+
+    alone = replace(selection, select="none", key_mask=None, ranking=None)
+    return _fused(q, taken(k), taken(v), taken(bias), scale, alone)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, selection: Selection) -> Tensor:
@@ -83,6 +104,13 @@ def without_padding(bias: Tensor, selection: Selection) -> Tensor:
     """−inf at padding."""
     mask = selection.key_mask
     return bias if mask is None else bias.masked_fill(~mask.unsqueeze(-1), float("-inf"))
+
+
+def candidates(bias: Tensor, selection: Selection) -> Tensor:
+    """−inf at padding, and at what `topk_global` leaves out: of the rest, at most w, a causal top-w drops nothing."""
+    if selection.select == "topk_global":
+        return bias.masked_fill(~_chosen(without_padding(bias.detach(), selection), selection), float("-inf"))
+    return without_padding(bias, selection)
 
 
 def ranking_of(bias: Tensor, selection: Selection) -> Tensor:

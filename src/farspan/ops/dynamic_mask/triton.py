@@ -15,7 +15,7 @@ from farspan.ops.dynamic_mask import expiry_kernels, kernels
 from farspan.ops.dynamic_mask.blocks import HIDDEN
 from farspan.ops.dynamic_mask.expiry import documents, inverse, longest_document, order_of
 from farspan.ops.dynamic_mask.reference import Selection
-from farspan.ops.dynamic_mask.torch import ranking_of, without_padding
+from farspan.ops.dynamic_mask.torch import candidates, ranking_of
 
 # Queries of a block, lanes of a tile, keys of a block of the order, places looked at together.
 ROWS, LANES, ORDERED, PLACES = 64, 64, 64, 1024
@@ -32,7 +32,7 @@ def dynamic_mask_attention_triton(
 ) -> Tensor:
     """See `dynamic_mask_attention`; serves what `option_limits` lets pass."""
     units = max(k.shape[2], bias.shape[2])
-    bias = without_padding(bias, selection)
+    bias = candidates(bias, selection)
     ranking = ranking_of(bias.detach(), selection)
     expires, table = plan_node(ranking, bias.detach(), selection.cu_seqlens, q.shape[1], units, selection.keep)
     by_unit = bias.float().clamp(min=HIDDEN).transpose(1, 2)
