@@ -50,7 +50,8 @@ def batches(directory: Path, count: int, batch_size: int) -> list[dict[str, Tens
 def step(model: Any, micro_batches: list[dict[str, Tensor]], **values: Any) -> tuple[float, float]:
     precision = values.pop("precision", torch.float32)
     settings = TrainRecipe(max_steps=1, learning_rate=0.1, **values)
-    return optimizer_step(model, build_optimizer(model, settings), micro_batches, settings, precision, ALONE, step=1)
+    optimizer = build_optimizer(model, settings)
+    return optimizer_step(model, optimizer, micro_batches, settings, precision, ALONE, step=1)[:2]
 
 
 def test_accumulation_equals_one_large_batch(dataset_directory: Path) -> None:
@@ -394,3 +395,15 @@ def test_fifty_steps_learn_to_recall(mixer: str, tiny: Tiny, tmp_path: Path) -> 
     train(recipe)
     losses = [row["loss"] for row in read_metrics(recipe.run_dir / "metrics.jsonl") if row["kind"] == "train"]
     assert sum(losses[-5:]) / 5 < 0.5  # two letters in thirty-two have to be guessed
+
+
+def test_the_log_holds_what_routers_report(tiny: Tiny) -> None:
+    options = {"cdmoe": {"num_experts": 16, "num_experts_per_tok": 4}}
+    model = {"feed_forwards": ["gated_mlp", "cdmoe"], "feed_forward_options": options}
+    recipe = tiny(model=model, train={"max_steps": 3, "gradient_accumulation_steps": 2})
+    train(recipe)
+    rows = [row for row in read_metrics(recipe.run_dir / "metrics.jsonl") if row["kind"] == "train"]
+    assert len(rows) == 3
+    for row in rows:
+        assert 0.25 <= row["experts_used"] <= 1 <= row["busiest_expert"] <= 4
+        assert 0 < row["load_entropy"] < 1.001 and 0 < row["router_entropy"] < 1.001

@@ -23,6 +23,7 @@ from farspan.errors import CheckpointError
 from farspan.evaluation.environment import processor, versions
 from farspan.evaluation.loading import import_modules, read_run
 from farspan.evaluation.perplexity import bits_per_byte
+from farspan.nn.feed_forward import AuxiliaryRecord
 from farspan.nn.losses import IGNORE_INDEX
 from farspan.training.checkpoint import Checkpointer, Progress, is_disk_full, restore_rng
 from farspan.training.guard import NonFiniteError, broken_weight, check_finite, way_out
@@ -37,6 +38,7 @@ from farspan.training.setup import (
     build_model,
     check_model,
     choose_precision,
+    compile_model,
     open_data,
     recompute_activations,
     seed_everything,
@@ -98,7 +100,7 @@ def _run(recipe: Recipe, run: Run, parallel: Parallel, display: Display, command
     if settings.gradient_checkpointing:
         recompute_activations(model)
     if settings.torch_compile:
-        model.compile()
+        compile_model(model)
     optimizer = build_optimizer(model, settings)
     precision = choose_precision(settings.precision, device)
     loader = make_loader(
@@ -174,7 +176,7 @@ def _run(recipe: Recipe, run: Run, parallel: Parallel, display: Display, command
                 set_learning_rate(optimizer, rate)
                 micro_batches = [_on(device, next(batches)) for _ in range(settings.gradient_accumulation_steps)]
                 try:
-                    loss, grad_norm = optimizer_step(
+                    loss, grad_norm, routers = optimizer_step(
                         model, optimizer, micro_batches, settings, precision, parallel, step=progress.step + 1
                     )
                 except NonFiniteError as error:
@@ -199,6 +201,7 @@ def _run(recipe: Recipe, run: Run, parallel: Parallel, display: Display, command
                     "tokens_per_second": round(tokens_per_step / seconds, 1),
                     "flops_per_second": round(work / seconds),
                 }
+                row |= {name: value for name, value in routers.items() if name not in row}
                 if peak is not None:
                     row["mfu"] = useful / seconds / (peak * parallel.world_size)
                 log.write(row)
@@ -246,7 +249,7 @@ def optimizer_step(
     precision: torch.dtype,
     parallel: Parallel,
     step: int,
-) -> tuple[float, float]:
+) -> tuple[float, float, dict[str, float]]:
     """One optimiser step over several micro-batches, equal to one over all of them at once.
 
     Args:
@@ -259,7 +262,8 @@ def optimizer_step(
         step: Number of this step, for error messages.
 
     Returns:
-        Mean loss per label in nats, and the norm of the gradient before clipping.
+        Mean loss per label in nats, the norm of the gradient before clipping, and what routers of experts report of
+        their balance, the mean over layers and micro-batches.
 
     Raises:
         NonFiniteError: The loss or a gradient is NaN or infinite; nothing was changed.
@@ -268,18 +272,20 @@ def optimizer_step(
     labels = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in micro_batches]).sum()
     labels = parallel.sum(labels).clamp(min=1)
     total = torch.zeros((), device=parallel.device)
+    records: list[AuxiliaryRecord] = []
     for batch in micro_batches:
         with torch.autocast(device, torch.bfloat16, enabled=precision == torch.bfloat16):
-            loss = model(
+            out = model(
                 input_ids=batch["input_ids"],
                 position_ids=batch["position_ids"],
                 cu_seqlens=batch["cu_seqlens"],
                 shift_labels=batch["labels"],
                 num_items_in_batch=labels,
                 output_logits=False,
-            ).loss
-        (loss * parallel.world_size).backward()  # data parallelism averages gradients; ours is a sum already
-        total += loss.detach()
+            )
+        (out.loss * parallel.world_size).backward()  # data parallelism averages gradients; ours is a sum already
+        total += out.loss.detach()
+        records += [record for record in getattr(out, "auxiliary", None) or () if record is not None]
     mean_loss = float(parallel.sum(total))
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)  # (a sharded model gives a DTensor: take full_tensor())
@@ -288,7 +294,19 @@ def optimizer_step(
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), settings.max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return mean_loss, float(norm)
+    return mean_loss, float(norm), _balance(records)
+
+
+def _balance(records: list[AuxiliaryRecord]) -> dict[str, float]:
+    """The mean of each statistic of the routers, read from the device at once."""
+    found: dict[str, list[Tensor]] = {}
+    for record in records:
+        for name, value in (record.statistics or {}).items():
+            found.setdefault(name, []).append(value.detach().float())
+    if not found:
+        return {}
+    means = torch.stack([torch.stack(values).mean() for values in found.values()])
+    return dict(zip(found, means.tolist(), strict=True))
 
 
 def _due(step: int, every: int) -> bool:
