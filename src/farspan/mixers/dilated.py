@@ -13,11 +13,13 @@ from farspan.mixers.base import CacheKind, Mixer, MixerShape, linear_flops
 from farspan.mixers.cache import LayerCache
 from farspan.mixers.dilated_cache import DilatedCache
 from farspan.mixers.layout import SequenceLayout
+from farspan.nn.joint import Joint, projected
 from farspan.nn.norms import make_norm
-from farspan.nn.positions import alibi_bias, apply_rotary, relative_position_bias, xpos_rates
+from farspan.nn.positions import alibi_bias, relative_position_bias, xpos_rates
 from farspan.ops.dilated.api import check_patterns, dilated_attention
 from farspan.ops.dilated.live import LivePattern, live_patterns
 from farspan.ops.dilated.patterns import OFFSET_RULES, PAD_MODES, DilatedSettings, score_entries
+from farspan.ops.rotary import rotary_pair
 
 ROTATIONS = ("rope", "xpos")
 BIASES = ("alibi", "relative_bias")
@@ -109,7 +111,9 @@ class DilatedMixer(Mixer):
     bidirectional: ClassVar[bool] = True
     attention_weights: ClassVar[bool] = True
     compact_cache: ClassVar[bool] = True
-    operators: ClassVar[tuple[str, ...]] = ("dilated_attention",)
+    operators: ClassVar[tuple[str, ...]] = ("dilated_attention", "dilated_attention_step", "rotary_pair")
+    joint_projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
+    joint: Joint | None = None
     no_weight_decay = ("relative_bias",)
 
     def __init__(self, config: MixerShape, options: DilatedOptions, layer_idx: int) -> None:
@@ -158,16 +162,20 @@ class DilatedMixer(Mixer):
         cache: LayerCache | None = None,
         sequence_parallel: Any = None,
     ) -> Tensor:
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim)))
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (self.key_heads, self.head_dim)))
-        v = self.v_proj(x).unflatten(-1, (self.key_heads, self.head_dim))
+        parts, heads = projected(self, x), (self.heads, self.key_heads, self.key_heads)
+        q, k, v = (part.unflatten(-1, (count, self.head_dim)) for part, count in zip(parts, heads, strict=True))
+        q, k = self.q_norm(q), self.k_norm(k)
+        cos = sin = None
         if "rope" in self.position_parts:
             cos, sin = layout.rotary(self.head_dim, self.rope_parameters, self.max_position_embeddings)
-            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
         assert cache is None or isinstance(cache, DilatedCache)
         past = 0 if cache is None else cache.length
         form = partial(self._settings, past + x.shape[1], x.device)
         settings = form() if cache is None else cache.settings(form)
+        if cache is not None and cache.takes_step(x, layout):
+            return self.o_proj(self.sub_norm(cache.step(q, k, v, settings, cos, sin).flatten(2)))
+        if cos is not None and sin is not None:
+            q, k = rotary_pair(q, k, cos, sin)
 
         def attend(values: Tensor) -> Tensor:
             packed = dilated_attention(

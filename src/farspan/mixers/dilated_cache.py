@@ -7,8 +7,10 @@ from torch import Tensor
 
 from farspan.errors import ConfigError
 from farspan.mixers.cache import LayerCache
+from farspan.mixers.layout import SequenceLayout
 from farspan.ops.dilated.live import LivePattern, dilated_attention_live, write_live
 from farspan.ops.dilated.patterns import DilatedSettings
+from farspan.ops.dilated.step import dilated_attention_step
 
 
 class DilatedCache(LayerCache):
@@ -22,7 +24,6 @@ class DilatedCache(LayerCache):
     """
 
     can_pin = True
-    captures_unasked = False
 
     def __init__(self, patterns: Sequence[LivePattern]) -> None:
         super().__init__()
@@ -47,7 +48,8 @@ class DilatedCache(LayerCache):
 
     def write(self, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         """Reads the first tokens, `[B, T, G, K]` and `[B, T, G, V]`; mask `[B, T]`, None when all are real."""
-        real = self._make_room(k, v, mask)
+        self._make_room(k, v)
+        real = _real(k, mask)
         write_live(self.patterns, self._buffers(), k.detach(), v.detach(), (real.cumsum(1) - 1).clamp(min=0), real)
         self._advance(real)
 
@@ -57,12 +59,9 @@ class DilatedCache(LayerCache):
         Raises:
             ConfigError: with `zero_keys` where a dilation does not divide its segment: that needs past queries.
         """
-        if settings.filling([(0, self.length + q.shape[1])]):
-            raise ConfigError(
-                "pad_mode='zero_keys' with a dilation that does not divide its segment length puts outputs of past "
-                "queries in the place of new ones, which no cache holds; use pad_mode='mask', or use_cache=False."
-            )
-        real = self._make_room(k, v, mask)
+        self._refuse_filling(settings, q.shape[1])
+        self._make_room(k, v)
+        real = _real(k, mask)
         out = dilated_attention_live(
             q,
             k,
@@ -76,6 +75,23 @@ class DilatedCache(LayerCache):
         self._advance(real)
         return out
 
+    def takes_step(self, x: Tensor, layout: SequenceLayout) -> bool:
+        """Whether `[B, 1, D]` is one real token per row behind others: what a step that changes the memory serves."""
+        alone = x.shape[1] == 1 and self.length > 0 and layout.padding_mask is None
+        return alone and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, cos: Tensor | None, sin: Tensor | None
+    ) -> Tensor:
+        """As `attend` for one real token per row that is not rotated yet, `[B, 1, H, V]`."""
+        self._refuse_filling(settings, 1)
+        self._make_room(k, v)
+        held = {"patterns": self.patterns, "buffers": self._buffers(), "seen": self.tensors["seen"]}
+        out = dilated_attention_step(q, k, v, **held, settings=settings, cos=cos, sin=sin)  # type: ignore[arg-type]
+        if not self._pinned:
+            self.length += 1
+        return out
+
     def reset(self) -> None:
         super().reset()
         self.length, self._room, self._pinned, self._settings = 0, 0, False, None
@@ -83,8 +99,14 @@ class DilatedCache(LayerCache):
     def _buffers(self) -> list[tuple[Tensor, Tensor]]:
         return [(self.tensors[f"keys{i}"], self.tensors[f"values{i}"]) for i in range(len(self.patterns))]
 
-    def _make_room(self, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Room for these tokens; which of them are real, `[B, T]`."""
+    def _refuse_filling(self, settings: DilatedSettings, new: int) -> None:
+        if settings.filling([(0, self.length + new)]):
+            raise ConfigError(
+                "pad_mode='zero_keys' with a dilation that does not divide its segment length puts outputs of past "
+                "queries in the place of new ones, which no cache holds; use pad_mode='mask', or use_cache=False."
+            )
+
+    def _make_room(self, k: Tensor, v: Tensor) -> None:
         rows, new = k.shape[:2]
         if "seen" not in self.tensors:
             self.tensors["seen"] = torch.zeros(rows, dtype=torch.int64, device=k.device)
@@ -93,7 +115,6 @@ class DilatedCache(LayerCache):
                     self.tensors[name] = torch.zeros((rows, 0, *like.shape[2:]), dtype=like.dtype, device=like.device)
         if not self._pinned and self.length + new > self._room:
             self._grow(self.length + new + ((self.length + new) // 2 if self._room else 0))
-        return torch.ones((rows, new), dtype=torch.bool, device=k.device) if mask is None else mask
 
     def _grow(self, room: int) -> None:
         self._room = max(room, self._room)
@@ -107,3 +128,8 @@ class DilatedCache(LayerCache):
         else:
             self.tensors["seen"] = self.tensors["seen"] + real.sum(1)
             self.length += real.shape[1]
+
+
+def _real(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Which tokens of `[B, T, …]` are real, `[B, T]`."""
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask

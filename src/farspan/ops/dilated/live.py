@@ -21,7 +21,7 @@ from farspan.ops.dilated.rotation import rotate
 _BLOCK = 128
 
 
-def _on_device(numbers: tuple[int, ...] | tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+def on_device(numbers: tuple[int, ...] | tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
     """Numbers as a tensor, sent to the device once: a graph that is being captured takes no copies from the host."""
     return torch.tensor(numbers, device=device) if torch.compiler.is_compiling() else _sent(numbers, device)
 
@@ -70,7 +70,7 @@ class LivePattern:
 
     def write(self, buffer: Tensor, new: Tensor, positions: Tensor, live: Tensor) -> None:
         """Puts `[B, T, G, …]` at `positions` `[B, T]` into the buffer, in place, where `live` `[B, T]` holds."""
-        slots, kept = self.slots(buffer), _on_device(self.kept, buffer.device)
+        slots, kept = self.slots(buffer), on_device(self.kept, buffer.device)
         inside = (positions % self.segment)[..., None, None]
         # [B, T, G, d]: at most one offset of a key head fits a position.
         fits = (inside % self.dilation == kept) & live[..., None, None]
@@ -80,13 +80,13 @@ class LivePattern:
 
     def takes(self, positions: Tensor) -> Tensor:
         """Which query heads have these positions in the pattern: `[B, T]` → `[B, H, T]` bool."""
-        offsets = _on_device(self.offsets, positions.device).unsqueeze(1)
+        offsets = on_device(self.offsets, positions.device).unsqueeze(1)
         return (positions % self.segment % self.dilation).unsqueeze(1) == offsets
 
     def own(self, buffer: Tensor) -> Tensor:
         """Which slots hold keys at a query head's own offset, `[H, d·c]` bool."""
-        kept = _on_device(self.kept, buffer.device)
-        offsets = _on_device(self.offsets, buffer.device).unsqueeze(1)
+        kept = on_device(self.kept, buffer.device)
+        offsets = on_device(self.offsets, buffer.device).unsqueeze(1)
         mine = kept.repeat_interleave(len(self.offsets) // len(kept), dim=0) == offsets
         return mine.repeat_interleave(self.slots(buffer), dim=1)
 
@@ -215,7 +215,7 @@ class _Block:
         A slot counts from its own offset, so that one table of rotations serves all heads.
         """
         inside, slots = self.positions % pattern.segment, pattern.slots(buffer)
-        offsets = _on_device(pattern.offsets, buffer.device)
+        offsets = on_device(pattern.offsets, buffer.device)
         steps = (pattern.dilation * torch.arange(slots, device=buffer.device)).repeat(len(pattern.kept[0]))
         ahead = inside.unsqueeze(-1) - offsets
         middle = pattern.dilation * (slots - 1) / 2

@@ -45,6 +45,8 @@ class DilatedSettings:
 
         Causal queries come before the rows that fill the last segment, so there only rows between segments matter.
         """
+        if not self.zero_keys:
+            return False
         ragged = False
         for start, end in spans:
             for segment, dilation in self.patterns:
@@ -52,7 +54,7 @@ class DilatedSettings:
                 between = width % dilation != 0 and end - start > width
                 behind = (end - start) % width != 0 or width % dilation != 0
                 ragged = ragged or between or (behind and not self.causal)
-        return self.zero_keys and ragged
+        return ragged
 
     def rotations(self, query_places: Tensor, key_places: Tensor) -> tuple[Tensor, Tensor] | None:
         """Tables that turn queries and keys at these places, or None when positions do not turn them."""

@@ -63,6 +63,27 @@ def leave(p_parts, p_stats, b_max, b_sum, b_out, head, m_head, part, parts, o_v,
     tl.store(p_stats + o_part * 2 + 1, b_sum, mask=m_head)
 
 
+@triton.jit
+def fold_lanes(b_s, seen, b_v, b_max, b_sum, b_out):
+    """As `fold` for one query: scores `[BT]`, each lane with a running softmax of its own, so that none waits."""
+    b_s = tl.where(seen, b_s, LOWEST)
+    b_new = tl.maximum(b_max, b_s)
+    b_p = tl.where(seen, tl.exp2(b_s - b_new), 0.0)
+    b_keep = tl.exp2(b_max - b_new)
+    return b_new, b_sum * b_keep + b_p, b_out * b_keep[:, None] + b_p[:, None] * b_v.to(tl.float32)
+
+
+@triton.jit
+def leave_lanes(p_parts, p_stats, b_s, times, b_v, b_max, b_sum, b_out, head, part, parts, o_v, m_v, V: tl.constexpr):
+    """As `leave` for the lanes of one query, and a value `[BV]` with a score of its own that counts so many times."""
+    b_top = tl.maximum(tl.max(b_max, axis=0, keep_dims=True), b_s)
+    b_w, b_own = tl.exp2(b_max - b_top), times * tl.exp2(b_s - b_top)
+    b_total = tl.sum(b_w * b_sum, axis=0, keep_dims=True) + b_own
+    b_o = tl.sum(b_w[:, None] * b_out, axis=0, keep_dims=True) + b_own[:, None] * b_v.to(tl.float32)[None, :]
+    one = tl.zeros((1,), tl.int32)
+    leave(p_parts, p_stats, b_top, b_total, b_o, one + head, one == 0, part, parts, o_v, m_v, V)
+
+
 @triton.jit(do_not_specialize=["S", "parts", "q_row", "k_row", "v_row"])
 def attend_kernel(
     p_q, p_k, p_v, p_cos, p_sin, p_keys, p_values, p_mask, p_filled, p_parts, p_stats, scale, S, parts,
@@ -131,6 +152,8 @@ def merge_kernel(
         b_sum += tl.sum(b_w * tl.load(p_stats + o_part * 2 + 1, mask=here, other=0.0), axis=0)
         b_o = tl.load(p_parts + o_part[:, None] * V + o_v[None, :], mask=here[:, None] & m_v[None, :], other=0.0)
         b_out += tl.sum(b_w[:, None] * b_o, axis=0)
+    # A query that sees nothing gives 0.
+    b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
     tl.store(p_out + (row * H + head) * V + o_v, (b_out / b_sum).to(p_out.dtype.element_ty), mask=m_v)
     if head == 0:
         tl.store(p_filled + row, tl.load(p_filled + row) + 1)

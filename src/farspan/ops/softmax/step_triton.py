@@ -44,7 +44,6 @@ def softmax_attention_step_triton(
         q.stride(0),
         k.stride(0),
         v.stride(0),
-        K=q.shape[-1],
         R=0 if cos is None else 2 * cos.shape[-1],
         INTERLEAVED=interleaved,
         BK=max(16, triton.next_power_of_2(q.shape[-1])),
@@ -53,8 +52,40 @@ def softmax_attention_step_triton(
     return split.merge()
 
 
-class Split:
-    """How the filled slots are divided, and room for what each stretch leaves.
+class Stretches:
+    """How slots are divided, and room for what each stretch leaves.
+
+    Args:
+        q: `[B, 1, H, K]`.
+        width: V.
+        programs: programs of one stretch and row.
+        slots: at most.
+        count: `[B]`, tokens read so far; merging counts one more.
+        dtype: of the output.
+    """
+
+    def __init__(self, q: Tensor, width: int, programs: int, slots: int, count: Tensor, dtype: torch.dtype) -> None:
+        self.rows, _, self.heads, _ = q.shape
+        at_once = SIDE_BY_SIDE * _multiprocessors(q.get_device())
+        self.parts = max(1, min(at_once // (self.rows * programs), triton.cdiv(slots, 4 * BLOCK), MOST_PARTS))
+        self.grid = programs, self.parts, self.rows
+        self.sums = q.new_empty((self.rows, self.heads, self.parts, width), dtype=torch.float32)
+        self.stats = q.new_empty((self.rows, self.heads, self.parts, 2), dtype=torch.float32)
+        self.out = q.new_empty((self.rows, 1, self.heads, width), dtype=dtype)
+        self.count = count
+
+    def merge(self) -> Tensor:
+        """The output of all stretches together; counts the new token."""
+        width = self.sums.shape[-1]
+        sizes = {"H": self.heads, "V": width, "BS": 16, "BV": triton.next_power_of_2(width)}
+        merge_kernel[(self.heads, self.rows)](
+            self.sums, self.stats, self.count, self.out, self.parts, **sizes, num_warps=2
+        )
+        return self.out
+
+
+class Split(Stretches):
+    """The stretches of a ring, whose query heads with the same keys share programs.
 
     Args:
         q: `[B, 1, H, K]`.
@@ -63,40 +94,28 @@ class Split:
     """
 
     def __init__(self, q: Tensor, ring: Ring, dtype: torch.dtype) -> None:
-        self.rows, _, self.heads, _ = q.shape
         slots, groups, width = ring.values.shape[1:]
-        programs = SIDE_BY_SIDE * _multiprocessors(q.get_device())
-        self.parts = max(1, min(programs // (self.rows * groups), triton.cdiv(slots, 4 * BLOCK), MOST_PARTS))
-        self.grid = groups, self.parts, self.rows
-        self.sums = q.new_empty((self.rows, self.heads, self.parts, width), dtype=torch.float32)
-        self.stats = q.new_empty((self.rows, self.heads, self.parts, 2), dtype=torch.float32)
+        super().__init__(q, width, groups, slots, ring.filled, dtype)
         # What is not there is stood for by something; it is never read.
         mask = self.stats if ring.mask is None else ring.mask.view(torch.uint8)
         self.tensors = ring.keys, ring.values, mask, ring.filled, self.sums, self.stats
-        self.out = q.new_empty((self.rows, 1, self.heads, width), dtype=dtype)
+        self.sizes: dict[str, Any] = {"G": groups, "K": q.shape[-1], "V": width, "MASKED": ring.mask is not None}
+        self.sizes["BV"] = max(16, triton.next_power_of_2(width))
         dot = tl.float32 if INTERPRETED else DOTS.get(ring.keys.dtype, tl.float32)
-        self.constants: dict[str, Any] = {
-            "G": groups,
+        self.constants: dict[str, Any] = self.sizes | {
             "Q": self.heads // groups,
-            "V": width,
-            "MASKED": ring.mask is not None,
             "QB": max(16, triton.next_power_of_2(self.heads // groups)),
             "BT": BLOCK if max(q.shape[-1], width) <= 128 and dot is not tl.float32 else BLOCK // 2,
-            "BV": max(16, triton.next_power_of_2(width)),
             "DOT": dot,
             "PRECISION": "ieee",
             "num_warps": 4,
             "num_stages": 3,
         }
 
-    def merge(self) -> Tensor:
-        """The output of all stretches together; counts the new token."""
-        width = self.sums.shape[-1]
-        sizes = {"H": self.heads, "V": width, "BS": 16, "BV": triton.next_power_of_2(width)}
-        merge_kernel[(self.heads, self.rows)](
-            self.sums, self.stats, self.tensors[3], self.out, self.parts, **sizes, num_warps=2
-        )
-        return self.out
+
+def lanes(width: int) -> int:
+    """Slots that programs which multiply no matrices take at a time, for values of so many channels."""
+    return max(8, 4096 // triton.next_power_of_2(width))
 
 
 @functools.cache
