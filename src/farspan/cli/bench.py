@@ -118,16 +118,22 @@ def _bench_model(options: _Model, argv: Sequence[str]) -> int:
     makers: dict[str, Callable[[], Any]] = {options.preset: lambda: FarspanForCausalLM(preset)}
     if options.llama:
         makers["transformers LLaMA"] = lambda: _llama(preset)
+
+    def record(kind: str, name: str, speed: Any, text: str) -> None:
+        """Tells and keeps each figure as soon as it is known: others may take long, or more than there is."""
+        results[kind].append({"model": name, **dataclasses.asdict(speed)})
+        _output.message(f"{name} {text}", style="dim")
+        if options.json is not None:
+            write(options.json, (json.dumps(results, indent=2) + "\n").encode())
+
     for name, make in makers.items():
-        results["training"] += _train(name, make, shapes[0], options, device)
+        _train(name, make, shapes[0], options, device, record)
     if shapes[1]:
         dtype = {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(options.dtype, options.dtype)
         with torch.device(device):
             model = FarspanForCausalLM(preset).to(getattr(torch, dtype)).eval()
-        results["decoding"] = _decode(options.preset, model, shapes[1], options)
+        _decode(options.preset, model, shapes[1], options, record)
     _show(results)
-    if options.json is not None:
-        write(options.json, (json.dumps(results, indent=2) + "\n").encode())
     return 0
 
 
@@ -152,13 +158,17 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _train(
-    name: str, make: Callable[[], Any], shapes: list[tuple[int, int, bool]], options: _Model, device: Any
-) -> list[dict[str, Any]]:
+    name: str,
+    make: Callable[[], Any],
+    shapes: list[tuple[int, int, bool]],
+    options: _Model,
+    device: Any,
+    record: Callable[[str, str, Any, str], None],
+) -> None:
     import torch
 
     from farspan.training.speed import training_speed
 
-    found = []
     for rows, tokens, checkpointed in shapes:
         with torch.device(device):
             model = make()
@@ -166,21 +176,22 @@ def _train(
         speed = training_speed(
             model, rows, tokens, compiled=options.compile, checkpointed=checkpointed, steps=options.steps
         )
-        found.append({"model": name, **dataclasses.asdict(speed)})
-        _output.message(f"{name} {rows}x{tokens}: {speed.tokens_per_second:,.0f} tokens/s", style="dim")
+        record("training", name, speed, f"{rows}x{tokens}: {speed.tokens_per_second:,.0f} tokens/s")
         del model
-    return found
 
 
-def _decode(name: str, model: Any, shapes: list[tuple[int, int, bool]], options: _Model) -> list[dict[str, Any]]:
+def _decode(
+    name: str,
+    model: Any,
+    shapes: list[tuple[int, int, bool]],
+    options: _Model,
+    record: Callable[[str, str, Any, str], None],
+) -> None:
     from farspan.training.speed import decoding_speed
 
-    found = []
     for rows, context, _ in shapes:
         for speed in decoding_speed(model, rows, context, tokens=options.tokens, loops=options.loops):
-            found.append({"model": name, **dataclasses.asdict(speed)})
-            _output.message(f"{name} {rows}x{context} {speed.loop}: {speed.ms_per_token:.3f} ms/token", style="dim")
-    return found
+            record("decoding", name, speed, f"{rows}x{context} {speed.loop}: {speed.ms_per_token:.3f} ms/token")
 
 
 def _llama(config: Any) -> Any:

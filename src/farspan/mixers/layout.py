@@ -36,7 +36,13 @@ class SequenceLayout:
     _memo: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def once(self, key: Hashable, compute: Callable[[], Value]) -> Value:
-        """`compute()`, evaluated for the first layer that asks for `key` and reused by the others."""
+        """`compute()`, evaluated for the first layer that asks for `key` and reused by the others.
+
+        A compiled graph finds by itself what its layers share, and one that holds a single layer serves all of them:
+        no layer may then differ from the others by having come first.
+        """
+        if torch.compiler.is_compiling():
+            return compute()
         if key not in self._memo:
             self._memo[key] = compute()
         return self._memo[key]
@@ -169,7 +175,7 @@ def _frequencies(
 ) -> tuple[Tensor, float]:
     """`rope_frequencies` on a device, kept from call to call: a step that is captured may not copy from the host."""
     if torch.compiler.is_compiling():
-        return rope_frequencies(rotary_dim, parameters, max_position_embeddings, length)
+        return rope_frequencies(rotary_dim, parameters, max_position_embeddings, length, device)
     key = (rotary_dim, tuple(sorted(parameters.items())), max_position_embeddings, length, device)
     if key not in _kept:
         frequencies, scaling = rope_frequencies(rotary_dim, parameters, max_position_embeddings, length)

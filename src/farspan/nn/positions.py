@@ -78,7 +78,11 @@ def check_rope_parameters(parameters: Mapping[str, Any]) -> None:
 
 
 def rope_frequencies(
-    rotary_dim: int, parameters: Mapping[str, Any], max_position_embeddings: int, context_length: int
+    rotary_dim: int,
+    parameters: Mapping[str, Any],
+    max_position_embeddings: int,
+    context_length: int,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, float]:
     """The angle per position of each rotary pair, ω_j = θ^(−2j/r) before scaling, j = 0 … r/2 − 1.
 
@@ -97,6 +101,7 @@ def rope_frequencies(
         max_position_embeddings: the trained length M, unless `yarn` or `llama3` give
             `original_max_position_embeddings`.
         context_length: L, the number of positions that this computation will ever see; only `dynamic` depends on it.
+        device: where to form them.
 
     Returns:
         `[r/2]` float32 frequencies (radians per position) and the factor on cos and sin.
@@ -114,7 +119,7 @@ def rope_frequencies(
         if rotary_dim <= 2:
             raise ConfigError("Dynamic NTK needs at least 4 rotary channels a head; use rope_type 'linear' or 'yarn'.")
         theta *= (factor * context_length / trained - (factor - 1)) ** (rotary_dim / (rotary_dim - 2))
-    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim
+    exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=device) / rotary_dim
     frequencies = theta**-exponents
     if kind == "linear":
         frequencies = frequencies / factor
@@ -135,7 +140,8 @@ def rope_frequencies(
     if parameters.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, rotary_dim - 1)
-    slow = ((torch.arange(rotary_dim // 2, dtype=torch.float64) - first) / max(last - first, 1e-3)).clamp(0, 1)
+    pairs = torch.arange(rotary_dim // 2, dtype=torch.float64, device=device)
+    slow = ((pairs - first) / max(last - first, 1e-3)).clamp(0, 1)
     frequencies = frequencies / factor * slow + frequencies * (1 - slow)
     scaling = parameters.get("attention_factor")
     if scaling is None:

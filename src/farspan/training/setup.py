@@ -164,3 +164,22 @@ def recompute_activations(model: Any) -> None:
     # transformers renamed the method between the oldest and the newest release we support
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def compile_model(model: Any, backend: str = "inductor") -> None:
+    """Compiles a model in place: each block by itself, for which one graph serves all that are alike.
+
+    The first step then takes as long for many layers as for one. Models without our blocks are compiled as a whole.
+
+    Args:
+        model: the model; with activation checkpointing, each block is recomputed by its compiled form.
+        backend: as for `torch.compile`.
+    """
+    from farspan.models.blocks import FarspanBlock
+
+    blocks = [module for module in model.modules() if isinstance(module, FarspanBlock)]
+    # Each kind of block, shape and mode is one more graph of the same function; beyond the limit PyTorch compiles none.
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 8 * len(blocks))
+    for part in blocks or [model]:
+        part.compile(backend=backend)

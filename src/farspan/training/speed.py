@@ -14,7 +14,7 @@ from torch import Tensor
 from farspan.errors import ConfigError
 from farspan.models import FarspanForCausalLM
 from farspan.models.decoding import Choice, capture_reason, decode, on_host
-from farspan.training.setup import recompute_activations
+from farspan.training.setup import compile_model, recompute_activations
 
 # Decoded tokens that are not counted, and the fewest that leave one interval in every loop.
 UNCOUNTED, FEWEST_TOKENS = 5, 7
@@ -82,7 +82,7 @@ def training_speed(
     Args:
         model: with float32 parameters, on its device.
         batch, length: the shape of a step.
-        compiled: whether to run it under torch.compile.
+        compiled: whether to run it under torch.compile (`compile_model`).
         checkpointed: whether to recompute each layer in the backward pass.
         steps: timed steps, at least 1.
         warmup: steps before them, at least 1.
@@ -91,7 +91,8 @@ def training_speed(
     model.train()
     if checkpointed:
         recompute_activations(model)
-    call = torch.compile(model) if compiled else model
+    if compiled:
+        compile_model(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -100,7 +101,7 @@ def training_speed(
     def step() -> None:
         ids = torch.randint(0, model.config.vocab_size, (batch, length), device=device)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            loss = call(input_ids=ids, labels=ids, **_without_logits(model)).loss
+            loss = model(input_ids=ids, labels=ids, **_without_logits(model)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
