@@ -228,6 +228,29 @@ def test_another_recipe_is_refused_by_the_names_of_its_differences(tiny: Tiny, c
     train(changed(changed(recipe, "checkpoint", save_steps=4), "evaluation", eval_steps=0))
 
 
+def test_a_longer_run_goes_on_as_if_it_had_been_so_long_from_the_start(
+    tiny: Tiny, history: History, changed: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tiny("whole", train={"lr_scheduler_type": "constant"})
+    train(whole)
+    short = tiny("extended", train={"lr_scheduler_type": "constant", "max_steps": 7}, logging={"progress": "plain"})
+    longer = changed(short, "train", max_steps=12)
+    for recipe, said in ((short, "starting in"), (longer, "to 12 steps where it had 7"), (longer, "is finished")):
+        train(recipe)
+        assert said in capsys.readouterr().out
+    assert history(short.run_dir) == history(whole.run_dir)
+
+
+def test_a_length_that_a_run_has_passed_is_refused(tiny: Tiny, changed: Any) -> None:
+    recipe = tiny()
+    train(recipe)
+    with pytest.raises(ConfigError, match=r"train.max_steps: .* has done 12 steps, and would have 5; give 12 or more"):
+        train(changed(recipe, "train", max_steps=5))
+    shutil.rmtree(recipe.run_dir / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"is finished and has no checkpoint to go on from; .*from-pretrained"):
+        train(changed(recipe, "train", max_steps=15))
+
+
 def test_never_moves_the_earlier_run_aside(tiny: Tiny, history: History, changed: Any) -> None:
     recipe = tiny()
     train(recipe)

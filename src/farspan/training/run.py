@@ -29,6 +29,8 @@ Resume = Literal["auto", "never", "must"]
 
 # What may differ between the recipe of a run and the one that resumes it: where things are, and what is only watched.
 _FREE = ("name", "output_dir", "imports", "data.directory", "evaluation", "checkpoint", "logging")
+# What says how long the run is; another length changes nothing of the steps that are done.
+_LENGTH = ("train.max_steps", "train.max_tokens")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def open_run(recipe: Recipe, resume: Resume = "auto") -> Iterator[Run]:
     With "auto", an empty or absent directory starts a run; a directory of the same recipe resumes from its newest
     complete checkpoint, or starts again if it has none; a finished run stays as it is. "must" refuses to start, "never"
     moves an earlier run aside and starts; should an error end the context before the first step, such as a corpus that
-    does not exist, the earlier run is moved back. The same recipe means: equal in model, data and train.
+    does not exist, the earlier run is moved back. The same recipe means: equal in model, data and train. Its length may
+    be another one that is not behind the newest checkpoint, a finished run goes on if it is longer: from there on, the
+    learning rate is that of a run of this length.
 
     Args:
         recipe: A validated recipe.
@@ -91,11 +95,16 @@ def open_run(recipe: Recipe, resume: Resume = "auto") -> Iterator[Run]:
         raise ConfigError(f"output_dir {str(directory)!r} is a file; name a directory.")
     directory.mkdir(parents=True, exist_ok=True)
     with _alone(directory):
-        checkpoint, finished = _inspect(directory, recipe, resume)
+        checkpoint, finished, before = _inspect(directory, recipe, resume)
         if finished:
             note += f"the run in {directory} is finished; nothing to do. To train it anew: --resume never."
         elif checkpoint:
             note += f"resuming {directory} from {checkpoint.name}"
+            if before is not None:
+                note += (
+                    f", to {recipe.total_steps()} steps where it had {before}: the schedule is the new one from here on"
+                )
+                write_text(directory / "recipe.yaml", recipe.to_yaml())
         else:
             note += f"starting in {directory}"
             write_text(directory / "recipe.yaml", recipe.to_yaml())
@@ -109,13 +118,20 @@ def open_run(recipe: Recipe, resume: Resume = "auto") -> Iterator[Run]:
             raise
 
 
-def _inspect(directory: Path, recipe: Recipe, resume: Resume) -> tuple[Path | None, bool]:
-    """The checkpoint to resume from and whether the run is finished; refuses a directory of something else."""
+def _inspect(directory: Path, recipe: Recipe, resume: Resume) -> tuple[Path | None, bool, int | None]:
+    """The checkpoint to resume from, whether the run is finished, and the steps that it had if they are others now.
+
+    A directory of something else is refused.
+    """
     checkpoint = latest_checkpoint(directory / "checkpoints")
-    finished = bool(read_run(directory).get("finished"))
+    finished, before = bool(read_run(directory).get("finished")), None
     if (directory / "recipe.yaml").exists():
         if checkpoint or finished:
-            _require_same(load_recipe(directory / "recipe.yaml"), recipe, directory)
+            old = load_recipe(directory / "recipe.yaml")
+            _require_same(old, recipe, directory)
+            if old.total_steps() != recipe.total_steps():
+                _require_reachable(checkpoint, recipe, directory)
+                finished, before = False, old.total_steps()
     elif (foreign := next((n for n in ("config.json", "checkpoints") if (directory / n).exists()), None)) is not None:
         raise ConfigError(
             f"output_dir {str(directory)!r} holds {foreign} but no recipe.yaml, so it is not a run of farspan train; "
@@ -123,7 +139,22 @@ def _inspect(directory: Path, recipe: Recipe, resume: Resume) -> tuple[Path | No
         )
     if resume == "must" and not (checkpoint or finished):
         raise CheckpointError(f"--resume must: {str(directory / 'checkpoints')!r} holds no complete checkpoint.")
-    return checkpoint, finished
+    return checkpoint, finished, before
+
+
+def _require_reachable(checkpoint: Path | None, recipe: Recipe, directory: Path) -> None:
+    """Refuses a length that the run has passed, or that it cannot be continued to."""
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{str(directory)!r} is finished and has no checkpoint to go on from; to train its model further, start a "
+            "run with --model.from-pretrained."
+        )
+    done = int(checkpoint.name.removeprefix("step_"))
+    if recipe.total_steps() < done:
+        raise ConfigError(
+            f"train.max_steps: {str(directory)!r} has done {done} steps, and would have {recipe.total_steps()}; give "
+            f"{done} or more, or another --output-dir."
+        )
 
 
 def _require_same(old: Recipe, new: Recipe, directory: Path) -> None:
@@ -132,7 +163,8 @@ def _require_same(old: Recipe, new: Recipe, directory: Path) -> None:
     differing = [
         f"{name} (was {before.get(name)!r}, now {after.get(name)!r})"
         for name in dict.fromkeys([*before, *after])
-        if before.get(name) != after.get(name) and not any(name == f or name.startswith(f + ".") for f in _FREE)
+        if before.get(name) != after.get(name)
+        and not any(name == f or name.startswith(f + ".") for f in (*_FREE, *_LENGTH))
     ]
     if differing:
         raise ConfigError(
