@@ -13,12 +13,15 @@ from tests.models.conftest import tiny
 STEPPING = [
     "collinear",
     "collinear_strict",
+    "collinear_near",
     "softmax",
     "softmax_post_norm",
     "window",
     "hybrid",
     "hybrid_parallel",
     "dilated",
+    "dynamic_mask",
+    "dynamic_mask_query",
 ]
 
 
@@ -115,15 +118,37 @@ def test_why_a_step_is_not_captured() -> None:
     assert "memory of collinear does not" in capture_reason(tiny("collinear_window"))
 
 
-def test_a_memory_that_a_loop_used_up_is_refused() -> None:
-    model = tiny("softmax")
+def test_a_memory_that_a_loop_used_up_is_refused(mix: str) -> None:
+    model = tiny(mix)
     cache = model.new_cache()
     list(decode(model, prompt(), past_key_values=cache, max_new_tokens=3))
-    with pytest.raises(ConfigError, match="used up by `decode`"):
-        model(prompt(), past_key_values=cache)
+    for again in (
+        lambda: model(prompt(), past_key_values=cache),
+        lambda: next(decode(model, prompt(), past_key_values=cache)),
+    ):
+        with pytest.raises(ConfigError, match="past_key_values was used up by `decode`; give model"):
+            again()
 
 
-@pytest.mark.parametrize("mix", ["collinear", "collinear_strict", "softmax", "window", "hybrid", "dilated"])
+def test_what_cannot_be_captured_is_not_when_it_is_asked_for() -> None:
+    for mix, reason in (("softmax", "CUDA graphs need"), ("collinear_window", "memory of collinear does not stay")):
+        with pytest.raises(ConfigError, match=f"capture=True: .*{reason}.*; leave capture out"):
+            next(decode(tiny(mix), prompt(), capture=True))
+
+
+def test_a_text_needs_a_last_token() -> None:
+    mask = torch.ones(2, 9)
+    mask[1, -2:] = 0
+    with pytest.raises(ShapeError, match="attention_mask ends with padding; the last token of every row must be real"):
+        next(decode(tiny("softmax"), prompt(), attention_mask=mask))
+    with pytest.raises(ShapeError, match=r"input_ids has shape \[2, 0\]; a text to continue has at least one token"):
+        next(decode(tiny("softmax"), prompt(length=0)))
+
+
+@pytest.mark.parametrize(
+    "mix",
+    ["collinear", "collinear_near", "softmax", "window", "hybrid", "dilated", "dynamic_mask_query"],
+)
 def test_room_is_made_again_and_again(mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(mix)
     want = list(decode(model, prompt(), max_new_tokens=12))
@@ -131,7 +156,7 @@ def test_room_is_made_again_and_again(mix: str, monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(torch.stack(list(decode(model, prompt(), max_new_tokens=12))), torch.stack(want))
 
 
-@pytest.mark.parametrize("mix", ["collinear", "softmax", "window", "dilated"])
+@pytest.mark.parametrize("mix", ["collinear", "collinear_near", "softmax", "window", "dilated"])
 def test_padding_between_texts_is_moved_ahead(mix: str) -> None:
     model, ids = tiny(mix), prompt(length=6)
     mask, caches = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]]), [model.new_cache(), model.new_cache()]
@@ -166,7 +191,7 @@ def test_the_captured_loop_equals_the_eager_one(mix: str, choice: Choice) -> Non
     fields = {"mixers": ["metala", "ssd", "cosine"]} if mix == "hybrid_state" else {}
     model = tiny("metala" if mix == "hybrid_state" else mix, **fields).cuda()
     ids = prompt().cuda()
-    assert (capture_reason(model) is None) == (mix != "dilated")
+    assert capture_reason(model) is None
     runs = []
     for capture in (False, True):
         torch.manual_seed(5)

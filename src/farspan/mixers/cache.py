@@ -22,8 +22,6 @@ class LayerCache:
     croppable = False
     # Whether a step can overwrite the memory in place, so that a CUDA graph of it can be replayed.
     can_pin = False
-    # Whether such a graph is made without being asked for: a card has proved it.
-    captures_unasked = True
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}

@@ -42,14 +42,23 @@ class FarspanCache(Cache):
         check_context_length(context_length)
         super().__init__(layers=list(layers))
         self.mixers = list(mixers)
+        self.used_up = False
         self.context_length = context_length
         self.tokens_seen = 0
         self.next_positions: Tensor | None = None
 
-    def advance(self, length: int, next_positions: Tensor) -> None:
+    def advance(self, length: int, next_positions: Tensor | None) -> None:
         """Records that `length` tokens per row were read; `next_positions` is `[B]`."""
         self.tokens_seen += length
         self.next_positions = next_positions
+
+    def taken(self) -> "FarspanCache":
+        """A cache with the memories of this one, which is used up: what changes them in place keeps no books here."""
+        other = FarspanCache(self.layers, self.context_length, self.mixers)
+        other.advance(self.tokens_seen, self.next_positions)
+        self.layers.clear()
+        self.used_up = True
+        return other
 
     def leave_inference_mode(self) -> None:
         """Lets a cache that was filled under `torch.inference_mode` be continued outside of it."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farspan.errors import ConfigError
+from farspan.errors import ConfigError, ShapeError
 from farspan.models.cache import FarspanCache
 from farspan.models.causal_lm import FarspanForCausalLM
 from farspan.nn.joint import joined
@@ -81,8 +81,6 @@ def capture_reason(model: FarspanForCausalLM) -> str | None:
     """Why a decoding step of this model cannot be captured in a CUDA graph, or None if it can."""
     if growing := growing_memories(model):
         return f"the memory of {', '.join(growing)} does not stay in one place"
-    if not all(layer.captures_unasked for layer in model.new_cache().layers):
-        return "a layer's step is captured only when it is asked for (`decode(..., capture=True)`)"
     if model.device.type != "cuda":
         return f"the model is on {model.device.type}; CUDA graphs need an NVIDIA GPU"
     return None
@@ -104,17 +102,18 @@ def decode(
         model: a language model in evaluation mode.
         input_ids: `[B, T]` int64, T ≥ 1.
         attention_mask: `[B, T]`, 1 for real tokens; the last token of every row must be real.
-        past_key_values: the memory of what stands before `input_ids`; it is used up. None starts a new text.
+        past_key_values: the memory of what stands before `input_ids`; it is used up: models refuse it afterwards. None
+            starts a new text.
         choice: how tokens are chosen; None takes the likeliest.
         max_new_tokens: number of tokens to yield, at least 1.
-        capture: whether to replay a captured CUDA graph; None where it is possible.
+        capture: whether to replay a captured CUDA graph; None where it is possible (`capture_reason`).
 
     Yields:
         `[B]` int64, the next token of every row. On a GPU the tensor is new each time and may be read later: the step
         after it is then already running.
 
     Raises:
-        ConfigError: for fewer tokens than 1.
+        ConfigError: for fewer tokens than 1, for a used cache, and where a step that is asked for cannot be captured.
         ShapeError: for inputs that do not fit each other; and, when it comes to that token, beyond learned positions.
 
     Example:
@@ -127,13 +126,20 @@ def decode(
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} is not accepted; accepted are whole numbers from 1.")
+    if not input_ids.numel():
+        raise ShapeError(f"input_ids has shape {list(input_ids.shape)}; a text to continue has at least one token.")
+    if attention_mask is not None and not bool((attention_mask[:, -1] == 1).all()):
+        raise ShapeError("attention_mask ends with padding; the last token of every row must be real: pad on the left.")
     choice = choice or Choice()
-    if capture is None:
-        capture = capture_reason(model) is None
-    cache = model.new_cache(input_ids.shape[1] + max_new_tokens) if past_key_values is None else past_key_values
+    reason = capture_reason(model)
+    if capture and reason is not None:
+        raise ConfigError(f"capture=True: {reason}; leave capture out, or give capture=False.")
+    capture = reason is None if capture is None else capture
+    given = model.new_cache(input_ids.shape[1] + max_new_tokens) if past_key_values is None else past_key_values
     with torch.no_grad():
-        logits = model(input_ids, attention_mask=attention_mask, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(input_ids, attention_mask=attention_mask, past_key_values=given, logits_to_keep=1).logits
         token = choice(logits[:, -1])
+    cache = given.taken()
     yield token
     if max_new_tokens > 1:
         steps = _Step(model, cache, token, choice)
