@@ -12,7 +12,7 @@ from farspan.nn.losses import chunked_cross_entropy, classification_loss, scored
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("chunk_elements", [1, 40, 1 << 22])
 def test_equals_plain_cross_entropy(bias: bool, chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", {False: chunk_elements})
     hidden = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
     offset = torch.randn(11, dtype=torch.float64, requires_grad=True) if bias else None

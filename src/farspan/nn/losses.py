@@ -8,14 +8,18 @@ from torch import Tensor
 
 from farspan.errors import ConfigError, ShapeError, nearest
 from farspan.nn.plain import is_plain
+from farspan.ops._library import register_node
+from farspan.ops.cross_entropy.api import cross_entropy_in_place
 
 IGNORE_INDEX = -100
-# 2^22 logits: 16 MiB in float32, large enough for full matrix-multiply speed.
-_CHUNK_ELEMENTS = 1 << 22
+# Logits that exist at once: 16 MiB in float32 on a CPU; on a GPU products that are large enough for its full speed.
+_CHUNK_ELEMENTS = {False: 1 << 22, True: 1 << 27}
+# A GPU multiplies rows that begin at multiples of so many numbers several times as fast as others.
+_ALIGNED = 64
 
 
-def _chunks(tokens: int, vocabulary: int) -> int:
-    return max(1, min(tokens, _CHUNK_ELEMENTS // max(vocabulary, 1)))
+def _chunks(tokens: int, head: Tensor) -> int:
+    return max(1, min(tokens, _CHUNK_ELEMENTS[head.is_cuda] // max(len(head), 1)))
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
@@ -40,13 +44,6 @@ def _check_classes(labels: Tensor, classes: int, what: str) -> None:
             )
 
 
-def _nll(logits: Tensor, labels: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Float32 log-normaliser and negative log-likelihood, 0 where a label is ignored."""
-    normaliser = torch.logsumexp(logits, dim=-1)
-    picked = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    return normaliser, (normaliser - picked).masked_fill(~kept, 0.0)
-
-
 def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> Tensor:
     """Negative log-likelihood of each label: nll_t = logsumexp(W h_t + b) − (W h_t + b)[label_t]. No gradient.
 
@@ -59,16 +56,16 @@ def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | Non
     Returns:
         `[...]` float32 in nats, 0 at ignored labels.
 
-    Cost: O(N·V·D) time, memory for at most 4 million logits.
+    Cost: O(N·V·D) time, memory for at most 4 million logits (134 million on a GPU).
     """
     _check(hidden, weight, labels)
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    step = _chunks(flat.shape[0], weight.shape[0])
     pieces = []
     with torch.no_grad():
+        step = _chunks(len(flat), weight)
         for rows, target in zip(flat.split(step), targets.split(step), strict=True):
-            logits = torch.nn.functional.linear(rows, weight, bias).float()
-            pieces.append(_nll(logits, target, target != IGNORE_INDEX)[1])
+            logits = torch.nn.functional.linear(rows, weight, bias)
+            pieces.append(cross_entropy_in_place(logits, target, slope=False))
     return torch.cat(pieces).reshape(labels.shape) if pieces else labels.float()
 
 
@@ -79,34 +76,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        working = weight.to(dtype)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        total = torch.zeros((), dtype=wide, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if need_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and need_bias else None
-        step = _chunks(hidden.shape[0], weight.shape[0])
-        for start in range(0, hidden.shape[0], step):
-            rows, target = hidden[start : start + step].to(dtype), labels[start : start + step]
-            kept = target != IGNORE_INDEX
-            logits = torch.nn.functional.linear(rows, working, None if bias is None else bias.to(dtype)).to(wide)
-            normaliser, nll = _nll(logits, target, kept)
-            total += nll.sum()
-            if not (need_hidden or need_weight or need_bias):
-                continue
-            # d nll / d logits = softmax − onehot, zero where ignored; formed in place.
-            slope = logits.sub_(normaliser.unsqueeze(-1)).exp_()
-            slope.scatter_add_(-1, target.clamp(min=0).unsqueeze(-1), slope.new_full((len(target), 1), -1.0))
-            slope.masked_fill_(~kept.unsqueeze(-1), 0.0)
-            narrow = slope.to(dtype)
-            if grad_hidden is not None:
-                grad_hidden[start : start + step] = narrow @ working
-            if grad_weight is not None:
-                grad_weight += narrow.T @ rows
-            if grad_bias is not None:
-                grad_bias += slope.sum(0)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        needs = ctx.needs_input_grad[:3]
+        total, *grads = head_loss_node(hidden, weight, bias, labels, dtype, list(needs))
+        ctx.save_for_backward(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
 
@@ -119,6 +91,54 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (*grads, None, None)
 
 
+def _head_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sum of the negative log-likelihoods, and the gradients that are needed; the others are empty."""
+    total, grad_hidden, grad_weight, grad_bias = _room(hidden, weight, bias, labels, dtype, needs)
+    for grad in (total, grad_weight, grad_bias):
+        grad.zero_()
+    head, offset = _aligned(weight.to(dtype)), None if bias is None else _aligned(bias.to(dtype))
+    classes, step = len(weight), _chunks(len(hidden), weight)
+    for start in range(0, len(hidden), step):
+        rows, target = hidden[start : start + step].to(dtype), labels[start : start + step]
+        slope = torch.nn.functional.linear(rows, head, offset)
+        total += cross_entropy_in_place(slope, target, classes=classes, slope=any(needs)).sum()
+        if needs[0]:
+            grad_hidden[start : start + step] = slope @ head
+        if needs[1]:
+            grad_weight += (slope.T @ rows)[:classes]
+        if needs[2]:
+            grad_bias += slope.sum(0, dtype=grad_bias.dtype)[:classes]
+    return total, grad_hidden, grad_weight, grad_bias
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`[V, …]`, on a GPU with zeros behind it."""
+    more = -len(x) % _ALIGNED if x.is_cuda else 0
+    return torch.cat((x, x.new_zeros(more, *x.shape[1:]))) if more else x
+
+
+def _room(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def room(like: Tensor, kind: torch.dtype, need: bool) -> Tensor:
+        return torch.empty(like.shape if need else (0,), dtype=kind, device=hidden.device)
+
+    grads = room(hidden, hidden.dtype, needs[0]), room(weight, wide, needs[1]), room(weight[:, 0], wide, needs[2])
+    return hidden.new_empty((), dtype=wide), *grads
+
+
+head_loss_node = register_node(
+    "head_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, ScalarType dtype, bool[] needs) -> "
+    "(Tensor total, Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+    _head_loss,
+    _room,
+)
+
+
 def chunked_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -128,8 +148,9 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Mean cross entropy of a linear head: (1/n) Σ_t [logsumexp(W h_t + b) − (W h_t + b)[label_t]].
 
-    Logits exist for one chunk of tokens at a time (at most 4 million numbers); their gradient is formed in the forward
-    pass, so that backward only scales it. Under autocast the products run in the autocast dtype, softmax in float32.
+    Logits exist for one chunk of tokens at a time (at most 4 million numbers, on a GPU 134 million); their gradient is
+    formed in the forward pass, so that backward only scales it. Under autocast the products run in the autocast dtype,
+    softmax in float32.
 
     Args:
         hidden: `[..., D]` last hidden states.
