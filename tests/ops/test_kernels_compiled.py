@@ -28,8 +28,12 @@ pytestmark = pytest.mark.slow
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 SPILLED_BYTES = 128  # of the common kernels; those for extreme chunks may need more
-# Common kernels that spill more, by name and key channels.
-SPILLING = {("gradient_kernel", 64): 184, ("gradient_kernel", 128): 224}
+# Common kernels that spill more, by name, key channels and whether the walk sums what decays keep.
+SPILLING = {
+    ("gradient_kernel", 64, False): 184,
+    ("gradient_kernel", 128, False): 224,
+    ("state_kernel", 128, True): 408,
+}
 INTEGERS, FLOATS = {"rows", "count", "H", "R"}, {"scale", "tau", "eps", "low", "high"}
 TABLES = {"segments", "chunks", "offsets"}
 ALWAYS_FLOAT32 = {
@@ -47,7 +51,7 @@ def constants(dtype: torch.dtype, width: int, decay: int) -> dict[str, Any]:
         "LEVELS": CHUNK.bit_length() - 1, "AUGMENT": decay == 3, "INSIDE": True, "NORMALIZE": decay == 3,
         "FAST": fast, "PART": tl.bfloat16, "DOT": tl.bfloat16 if fast else tl.float32,
         "PRECISION": "tf32" if fast else "tf32x3", "HAS_START": True, "STORE_STATES": True, "STORE_END": True,
-        "STORE_LOST": True, "BN": 256, "BR": 32, "BV": 128,
+        "STORE_LOST": True, "KEPT": False, "BLOCKS": 2, "BN": 256, "BR": 32, "BV": 128,
     }  # fmt: skip
 
 
@@ -107,6 +111,11 @@ def launches(choice: Tiles) -> list[tuple[Any, tuple[int, int, int | None], dict
             choice.state[1:],
             state | {"REVERSE": True, "STORE_VALUES": True, "STAGES": choice.state[2]},
         ),
+        (
+            kernels.state_kernel,
+            choice.state[1:],
+            state | {"REVERSE": True, "STORE_VALUES": True, "KEPT": True, "STAGES": choice.state[2]},
+        ),
         (kernels.scan_kernel, (2, 1, None), {"REVERSE": False}),
         (chunk_kernels.output_kernel, choice.output[1:], output),
         (chunk_kernels.row_kernel, (4, 1, None), {}),
@@ -122,10 +131,11 @@ def launches(choice: Tiles) -> list[tuple[Any, tuple[int, int, int | None], dict
 def test_kernels_compile(architecture: int, dtype: torch.dtype, width: int, decay: int, tmp_path: Path) -> None:
     for kernel, options, differing in launches(tiles(architecture // 10, width, dtype.itemsize)):
         name = kernel.__name__
-        binary = compiled(kernel, architecture, dtype, constants(dtype, width, decay) | differing, *options)
+        values = constants(dtype, width, decay) | differing
+        binary = compiled(kernel, architecture, dtype, values, *options)
         assert binary.metadata.shared <= SHARED_MEMORY[architecture], f"{name}: {binary.metadata.shared} bytes shared"
         if architecture == 90 and dtype == torch.bfloat16:
             if name not in ("scan_kernel", "row_kernel"):
                 assert "wgmma.mma_async" in binary.asm["ptx"], f"{name}: no warp-group matrix instruction"
             if not name.startswith("extreme"):
-                assert stack_bytes(binary, tmp_path) <= SPILLING.get((name, width), SPILLED_BYTES), name
+                assert stack_bytes(binary, tmp_path) <= SPILLING.get((name, width, values["KEPT"]), SPILLED_BYTES), name

@@ -110,6 +110,27 @@ def test_float16_takes_the_fast_sums(decay: str) -> None:
     assert_same(got, want, tolerances.BFLOAT16)
 
 
+@pytest.mark.parametrize("decay", ["head", "channel"])
+@pytest.mark.parametrize("length", [1, 16])
+def test_the_gradient_of_decays_reads_a_given_state_in_float32(length: int, decay: str) -> None:
+    x = cast(test_gated_linear.make(length, decay, batch=1), torch.bfloat16)
+    x |= {name: x[name].float() for name in ("log_decay", "initial_state")}
+    x["initial_state"] *= 1 + 2.0**-9  # what 16 bits would round
+    x["q"], x["k"] = torch.zeros_like(x["q"]), torch.zeros_like(x["k"])  # the state alone decays
+    want = outputs_and_gradients(REFERENCE, cast(x, torch.float64))["d_log_decay"]
+    assert_close(outputs_and_gradients(gated(), x)["d_log_decay"], want, tolerances.FLOAT32)
+
+
+@pytest.mark.usefixtures("duality")
+def test_the_gradient_of_steps_does_so_too() -> None:
+    x = test_ssd.make(1, batch=1)
+    x |= {name: torch.zeros_like(x[name]) for name in ("b", "c", "x")}
+    x["initial_state"] = x["initial_state"].bfloat16().double() * (1 + 2.0**-9)
+    want = outputs_and_gradients(test_ssd.attend("reference"), x)["d_a"]
+    x = {name: t.to(torch.bfloat16 if name in ("b", "c", "x") else torch.float32) for name, t in x.items()}
+    assert_close(outputs_and_gradients(test_ssd.attend("torch"), x)["d_a"], want, tolerances.FLOAT32)
+
+
 @pytest.mark.parametrize("lengths", [[20, 0, 1, 34], [0, 0, 17], [48, 0]])
 def test_packed_documents_match_reference(lengths: list[int]) -> None:
     x = test_gated_linear.make(sum(lengths), batch=1, sequences=len(lengths))
@@ -289,4 +310,4 @@ def test_nodes_of_gated_linear_attention_are_registered_likewise(fused: bool, pa
         inputs, form = [q, None, v, gate, torch.randn(1, 6), None], Form(0.5, from_logits=True, normalize=True)
     out, final, *saved = gated_linear_triton.attention_node(*inputs, bounds, *form)
     check(gated_linear_triton.attention_node, (*inputs, bounds, *form))
-    check(gated_linear_triton.attention_gradient_node, (out, final, *inputs[:5], bounds, out, *saved, *form))
+    check(gated_linear_triton.attention_gradient_node, (out, final, *inputs, bounds, out, *saved, *form))

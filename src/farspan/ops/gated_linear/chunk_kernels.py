@@ -7,7 +7,17 @@ Chunks whose decays exceed the limit are left to `extreme_kernels`.
 import triton
 import triton.language as tl
 
-from farspan.ops.gated_linear.kernels import INTEGERS, cumsum, exp, is_extreme, key_and_decay, sigmoid, write_output
+from farspan.ops.gated_linear.kernels import (
+    INTEGERS,
+    cumsum,
+    exp,
+    is_extreme,
+    kept_by_walk,
+    key_and_decay,
+    prefetch,
+    sigmoid,
+    write_output,
+)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -75,24 +85,29 @@ def row_kernel(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def gradient_kernel(
-    k, q_tilde, k_tilde, v, gate, half, weight, d_out, states, d_states, dq, dk, d_gate, du, d_weight, chunks,
-    scale, tau,
+    k, q_tilde, k_tilde, v, gate, half, weight, d_out, states, d_states, dq, dk, d_gate, du, d_weight, kept,
+    chunks, scale, tau,
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, LIMIT: tl.constexpr, AUGMENT: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, LIMIT: tl.constexpr, AUGMENT: tl.constexpr, KEPT: tl.constexpr, BLOCKS: tl.constexpr,
+    FAST: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk for all but v."""
     i_c, i_h = tl.program_id(0), tl.program_id(1)
+    t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
     place = i_c.to(tl.int64) * H + i_h
     if is_extreme(half, place, K, BK, DECAY, LIMIT):
         return
-    t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
     o_k, o_t = tl.arange(0, BK), tl.arange(0, BT)
     row = t.to(tl.int64) * H + i_h
     own = place * (K * V)
     m_t, m_k = (t + o_t) < last, o_k < K
     mask = m_t[:, None] & m_k[None, :]
     base, o_x = row * K, o_t[:, None] * (H * K) + o_k[None, :]
+    o_row = base + tl.minimum(o_t, last - t - 1) * (H * K)
+    prefetch(q_tilde + o_row, FAST)
+    prefetch(k_tilde + o_row, FAST)
+    if DECAY >= 2:
+        prefetch(gate + o_row, FAST)
     # What needs the decays comes last: registers are what this kernel is short of.
     b_da, b_dat = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BT], tl.float32)
     b_dq, b_dk = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32)
@@ -110,12 +125,14 @@ def gradient_kernel(
         b_dat = tl.dot(b_v, tl.trans(b_do), b_dat, input_precision=PRECISION)
         b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)
         b_dk = tl.dot(b_v, b_ds, b_dk, input_precision=PRECISION)
-        if DECAY != 0:
+        if DECAY != 0 and not KEPT:
             b_kept += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=0)
     b_da = tl.where(o_t[:, None] >= o_t[None, :], b_da, 0.0).to(DOT)
     b_dat = tl.where(o_t[:, None] <= o_t[None, :], b_dat, 0.0).to(DOT)
     b_k = tl.load(k_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
     b_q = tl.load(q_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
+    if KEPT:
+        b_kept += kept_by_walk(kept, place, K, BK, BLOCKS)
     b_at_end = b_kept + tl.sum(b_k.to(tl.float32) * b_dk, axis=0)
     b_dq = tl.dot(b_da, b_k, b_dq, input_precision=PRECISION)
     b_dk = tl.dot(b_dat, b_q, b_dk, input_precision=PRECISION)

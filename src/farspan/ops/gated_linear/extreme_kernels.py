@@ -9,7 +9,15 @@ the common case.
 import triton
 import triton.language as tl
 
-from farspan.ops.gated_linear.kernels import INTEGERS, cumsum, is_extreme, key_and_decay, sigmoid, write_output
+from farspan.ops.gated_linear.kernels import (
+    INTEGERS,
+    cumsum,
+    is_extreme,
+    kept_by_walk,
+    key_and_decay,
+    sigmoid,
+    write_output,
+)
 
 MANY = tl.constexpr(16)
 
@@ -102,10 +110,11 @@ def extreme_output_kernel(
 @triton.jit
 def _extreme_gradient(
     i_c, i_h, q, k, q_tilde, k_tilde, v, gate, half, u, weight, d_out, states, d_states, dq, dk, dv, d_gate, d_weight,
-    chunks, scale, tau,
+    kept, chunks, scale, tau,
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.constexpr, AUGMENT: tl.constexpr,
-    INSIDE: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    KEPT: tl.constexpr, BLOCKS: tl.constexpr, INSIDE: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One extreme chunk of `extreme_gradient_kernel`."""
     place = i_c.to(tl.int64) * H + i_h
@@ -163,7 +172,8 @@ def _extreme_gradient(
         o_s = own + o_v[:, None] + o_k[None, :] * V
         b_s = tl.load(states + o_s, mask=m_s, other=0.0).to(DOT)  # [BV, BK]
         b_ds = tl.load(d_states + o_s, mask=m_s, other=0.0).to(DOT)
-        b_kept += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=0)
+        if not KEPT:
+            b_kept += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=0)
         b_da = tl.dot(b_do, tl.trans(b_v), b_da, input_precision=PRECISION)
         b_dat = tl.dot(b_v, tl.trans(b_do), b_dat, input_precision=PRECISION)
         b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)
@@ -172,6 +182,8 @@ def _extreme_gradient(
     b_total = tl.cumsum(b_g, axis=0)
     b_dq *= tl.exp(b_total)
     b_dk *= tl.exp(tl.cumsum(b_g, axis=0, reverse=True) - b_g)
+    if KEPT:
+        b_kept += kept_by_walk(kept, place, K, BK, BLOCKS)
     b_at_end = b_kept * tl.exp(tl.sum(b_g, axis=0)) + tl.sum(b_k32 * b_dk, axis=0)
     b_same = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_da, 0.0), axis=1)
     b_dq += b_same[:, None] * b_k32
@@ -207,11 +219,12 @@ def _extreme_gradient(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def extreme_gradient_kernel(
-    q, k, q_tilde, k_tilde, v, gate, half, u, weight, d_out, states, d_states, dq, dk, dv, d_gate, d_weight, chunks,
-    count, scale, tau,
+    q, k, q_tilde, k_tilde, v, gate, half, u, weight, d_out, states, d_states, dq, dk, dv, d_gate, d_weight, kept,
+    chunks, count, scale, tau,
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, LEVELS: tl.constexpr, AUGMENT: tl.constexpr,
-    INSIDE: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    KEPT: tl.constexpr, BLOCKS: tl.constexpr, INSIDE: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All gradients, for the extreme ones among `MANY` chunks."""
     i_h = tl.program_id(1)
@@ -222,6 +235,6 @@ def extreme_gradient_kernel(
             if is_extreme(half, i_c.to(tl.int64) * H + i_h, K, BK, DECAY, LIMIT):
                 _extreme_gradient(
                     i_c, i_h, q, k, q_tilde, k_tilde, v, gate, half, u, weight, d_out, states, d_states,
-                    dq, dk, dv, d_gate, d_weight, chunks, scale, tau, H, K, V, BT, BK, BV, DECAY, LIMIT,
-                    LEVELS, AUGMENT, INSIDE, FAST, PART, DOT, PRECISION,
+                    dq, dk, dv, d_gate, d_weight, kept, chunks, scale, tau, H, K, V, BT, BK, BV, DECAY,
+                    LIMIT, LEVELS, AUGMENT, KEPT, BLOCKS, INSIDE, FAST, PART, DOT, PRECISION,
                 )  # fmt: skip

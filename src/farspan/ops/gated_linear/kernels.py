@@ -58,6 +58,15 @@ def sigmoid(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def prefetch(pointers, FAST: tl.constexpr):
+    """Brings what lies at these pointers nearer, for a load that registers leave no room for yet."""
+    if FAST == 2:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def _gate(z, tau, FAST: tl.constexpr):
     """`a = logsigmoid(z) / tau` and `1 - exp(a)`; unless `FAST`, both with small relative error near 0."""
     x = exp(-tl.abs(z), FAST)
@@ -179,17 +188,27 @@ def is_extreme(half, place, K: tl.constexpr, BK: tl.constexpr, DECAY: tl.constex
     return tl.max(tl.load(half + place * K + o_k, mask=o_k < K, other=0.0), axis=0) > LIMIT
 
 
+@triton.jit
+def kept_by_walk(kept, place, K: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr):
+    """A chunk's `rowsum(S~ dS~)` from the parts that the walk gave for so many blocks of V."""
+    o_k, b_kept = tl.arange(0, BK), tl.zeros([BK], tl.float32)
+    for i_v in tl.static_range(BLOCKS):
+        b_kept += tl.load(kept + (place * BLOCKS + i_v) * K + o_k, mask=o_k < K, other=0.0)
+    return b_kept
+
+
 @triton.jit(do_not_specialize=INTEGERS)
 def state_kernel(
-    x, y, centre, half, start, end, lost, states, k_tilde, dv, segments,
+    x, y, centre, half, start, end, lost, states, k_tilde, dv, before, initial, kept, segments,
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, REVERSE: tl.constexpr, HAS_START: tl.constexpr,
     STORE_STATES: tl.constexpr, STORE_END: tl.constexpr, STORE_LOST: tl.constexpr, STORE_VALUES: tl.constexpr,
-    AUGMENT: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    AUGMENT: tl.constexpr, KEPT: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walks a segment: forward with x = k~ and y = v for the states, in reverse with q~ and do for their gradients.
 
-    In reverse it can give the gradient of v too, added to that of MetaLA's augmentation where there is one.
+    In reverse it can give the gradient of v too, added to that of MetaLA's augmentation where there is one; and where
+    `KEPT`, `rowsum(S~ dS~)` of each chunk and block of V, the first with the state in front of the segment as given.
     """
     i_s, i_h, i_v = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, last, chunk = tl.load(segments + 3 * i_s), tl.load(segments + 3 * i_s + 1), tl.load(segments + 3 * i_s + 2)
@@ -218,7 +237,8 @@ def state_kernel(
         b_x = tl.load(x + row * K + o_t[None, :] * (H * K) + o_k[:, None], mask=mask, other=0.0)
         p_y = y + row * V + o_t[:, None] * (H * V) + o_v[None, :]
         b_y = tl.load(p_y, mask=m_t[:, None] & m_v[None, :], other=0.0)
-        p_states = states + place * (K * V) + o_s
+        p_states, p_before = states + place * (K * V) + o_s, before + place * (K * V) + o_s
+        p_kept = kept + (place * tl.num_programs(2) + i_v) * K + o_k
         place += step
         if DECAY == 0:
             b_now = b_s.to(states.dtype.element_ty)
@@ -232,7 +252,13 @@ def state_kernel(
             b_m = tl.load(centre + place * K + o_k, mask=m_c, other=0.0)
             b_h = tl.load(half + place * K + o_k, mask=m_c, other=0.0)
             b_here, b_added = (b_out, b_in) if REVERSE else (b_in, b_out)
-            b_now = (b_s * b_here[:, None]).to(states.dtype.element_ty)
+            b_now = b_s * b_here[:, None]
+            if KEPT:
+                b_before = tl.load(p_before, mask=m_s, other=0.0).to(tl.float32)
+                if i + 1 == count:
+                    b_before = tl.load(initial + own + o_s, mask=m_s, other=0.0).to(tl.float32) * b_in[:, None]
+                tl.store(p_kept, tl.sum(b_before * b_now, axis=1), mask=m_k)
+            b_now = b_now.to(states.dtype.element_ty)
             b_new = tl.dot(b_x.to(DOT), b_y.to(DOT), input_precision=PRECISION)
             b_s = b_s * b_keep[:, None] + b_new * b_added[:, None]
         if STORE_STATES:

@@ -41,6 +41,22 @@ class Form(NamedTuple):
     eps: float = 1e-5
 
 
+class Back(NamedTuple):
+    """What the walk in reverse takes and gives beside the gradients of states.
+
+    Attributes:
+        dv: receives the gradient of v, and has MetaLA's augmentation's share of it.
+        states: the states in front of all chunks.
+        initial: those in front of all sequences, in float32; None where `kept` is.
+        kept: receives `rowsum(S~ dS~)` of all chunks, `[chunks, H, blocks of V, K]`; None leaves it to the chunks.
+    """
+
+    dv: Tensor
+    states: Tensor
+    initial: Tensor | None = None
+    kept: Tensor | None = None
+
+
 class Prepared(NamedTuple):
     """What `prepare_kernel` gives: queries and keys with their decays, centre and half range of chunks, MetaLA's u."""
 
@@ -98,6 +114,7 @@ def run_backward(
     v: Tensor,
     gate: Tensor | None,
     weight: Tensor | None,
+    initial: Tensor | None,
     out: Tensor,
     saved: tuple[Tensor, ...],
     results: tuple[Tensor, ...],
@@ -117,22 +134,27 @@ def run_backward(
             chunk_kernels.row_kernel, (-(-rows // height),), (width, 4, 1, None), common,
             dy, out, rstd, v, prepared.u, d_out, dv, du, rows, BR=height,
         )  # fmt: skip
-    d_states = torch.empty_like(states)
+    chunks, heads = plan.chunks.shape[0], q.shape[2]
+    d_states, back = torch.empty_like(states), Back(dv, states)
+    blocks = -(-v.shape[3] // min(tiles.state[0], common["V_PADDED"]))
+    if gate is not None and initial is not None and plan.whole:
+        # States are kept in 16 bits, but for those that are given: there the walk can do better.
+        back = Back(dv, states, initial, du.new_empty(chunks, heads, blocks, q.shape[3]))
+    kept, sums = du if back.kept is None else back.kept, {"KEPT": back.kept is not None, "BLOCKS": blocks}
     own_k, own_gate, own_weight = q if k is None else k, q if gate is None else gate, q if weight is None else weight
     d_key = dq if k is None else dk
-    chunks, heads = plan.chunks.shape[0], q.shape[2]
     parts = q.new_empty(0 if weight is None else chunks, *q.shape[2:], dtype=torch.float32)
-    _states(prepared.q, d_out, prepared, d_final, d_states, d_initial, plan, common, dv)
+    _states(prepared.q, d_out, prepared, d_final, d_states, d_initial, plan, common, back)
     _launch(
         chunk_kernels.gradient_kernel, (chunks, heads), tiles.gradient, common,
         own_k, prepared.q, prepared.k, v, own_gate, prepared.half, own_weight, d_out, states, d_states,
-        dq, d_key, d_gate, du, parts, plan.chunks, form.scale, form.normalizer, heads,
+        dq, d_key, d_gate, du, parts, kept, plan.chunks, form.scale, form.normalizer, heads, **sums,
     )  # fmt: skip
     if gate is not None:
         _launch(
             extreme_kernels.extreme_gradient_kernel, (_many(plan), heads), (tiles.gradient[0], 8, 1, None), common,
             q, own_k, prepared.q, prepared.k, v, gate, prepared.half, prepared.u, own_weight, d_out, states, d_states,
-            dq, d_key, dv, d_gate, parts, plan.chunks, chunks, form.scale, form.normalizer, heads,
+            dq, d_key, dv, d_gate, parts, kept, plan.chunks, chunks, form.scale, form.normalizer, heads, **sums,
         )  # fmt: skip
     if weight is not None:
         # One number per chunk and channel, summed as a product with ones, which is faster than `sum` here.
@@ -151,10 +173,10 @@ def _states(
     end: Tensor,
     plan: Plan,
     common: Constants,
-    dv: Tensor | None = None,
+    back: Back | None = None,
 ) -> None:
-    """The state in front of every chunk and after every sequence; with dv, their gradients and that of v."""
-    reverse = dv is not None
+    """The state in front of every chunk and after every sequence; in reverse their gradients and that of v."""
+    reverse, (dv, before, initial, kept) = back is not None, back or Back(x, x)
     tile, (heads, width, value_width) = _tiles(x).state, end.shape[1:]
     count = plan.segments.shape[0]
     grid = (count, heads, -(-value_width // min(tile[0], common["V_PADDED"])))
@@ -164,9 +186,9 @@ def _states(
         _launch(
             kernels.state_kernel, grid, tile, common,
             x, y, prepared.centre, prepared.half, end if start is None else start, end, lost, states, prepared.k,
-            x if dv is None else dv, plan.segments, heads,
+            dv, before, end if initial is None else initial, end if kept is None else kept, plan.segments, heads,
             REVERSE=reverse, HAS_START=start is not None, STORE_STATES=inside, STORE_END=last, STORE_LOST=lost_too,
-            STORE_VALUES=reverse and inside, STAGES=tile[2],
+            STORE_VALUES=reverse and inside, KEPT=kept is not None, STAGES=tile[2],
         )  # fmt: skip
 
     if plan.whole:

@@ -86,18 +86,17 @@ class _Attention(torch.autograd.Function):
         out, final, *rest = attention_node(*arguments)
         if not torch.compiler.is_compiling():  # where a missing gradient costs nothing anyway
             ctx.set_materialize_grads(False)
-        *tensors, _, cu_seqlens = arguments[:7]
-        ctx.save_for_backward(*tensors, cu_seqlens, out, *rest)
-        ctx.form, ctx.state = arguments[7:], None if arguments[5] is None else arguments[5].dtype
+        ctx.save_for_backward(*arguments[:7], out, *rest)
+        ctx.form = arguments[7:]
         return out, final
 
     @staticmethod
     @plain_backward
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         d_out, d_final = gradients
-        q, k, v, gate, weight, cu_seqlens, out, *rest = ctx.saved_tensors
+        q, k, v, gate, weight, initial, cu_seqlens, out, *rest = ctx.saved_tensors
         dq, dk, dv, d_gate, d_weight, d_initial = attention_gradient_node(
-            d_out, d_final, q, k, v, gate, weight, cu_seqlens, out, *rest, *ctx.form
+            d_out, d_final, q, k, v, gate, weight, initial, cu_seqlens, out, *rest, *ctx.form
         )
         return (
             dq,
@@ -105,7 +104,7 @@ class _Attention(torch.autograd.Function):
             dv,
             None if gate is None else d_gate,
             None if weight is None else d_weight,
-            None if ctx.state is None else d_initial.to(ctx.state),
+            None if initial is None else d_initial.to(initial.dtype),
             *[None] * 7,
         )
 
@@ -169,6 +168,7 @@ def _gradients(
     v: Tensor,
     gate: Tensor | None,
     weight: Tensor | None,
+    initial: Tensor | None,
     cu_seqlens: Tensor | None,
     out: Tensor,
     *rest: Any,
@@ -188,11 +188,12 @@ def _backward(
     v: Tensor,
     gate: Tensor | None,
     weight: Tensor | None,
+    initial: Tensor | None,
     cu_seqlens: Tensor | None,
     out: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    results = _gradients(d_out, d_final, q, k, v, gate, weight, cu_seqlens, out, *rest)
+    results = _gradients(d_out, d_final, q, k, v, gate, weight, initial, cu_seqlens, out, *rest)
     if v.numel() == 0:
         for gradient in results:
             gradient.zero_()
@@ -203,7 +204,8 @@ def _backward(
     d_final = None if d_final is None else d_final.contiguous()
     with torch.cuda.device_of(q):
         plan = launches.plan_of(q, v, cu_seqlens)
-        launches.run_backward(d_out, d_final, q, k, v, gate, weight, out, rest[:7], results, plan, Form(*rest[7:]))
+        saved, form = rest[:7], Form(*rest[7:])
+        launches.run_backward(d_out, d_final, q, k, v, gate, weight, initial, out, saved, results, plan, form)
     return results
 
 
@@ -228,22 +230,22 @@ def _rehearse(
         plan = cut([(0, length)], segment, launches.CHUNK, q.device)
         results = _results(q, k, v, gate, weight, start, None, *form)
         launches.run(q, k, v, gate, weight, start, results, plan, Form(*form))
-        gradients = _gradients(v, None, q, k, v, gate, weight, None, v)
-        launches.run_backward(v, None, q, k, v, gate, weight, v, results[2:], gradients, plan, Form(*form))
+        gradients = _gradients(v, None, q, k, v, gate, weight, start, None, v)
+        launches.run_backward(v, None, q, k, v, gate, weight, start, v, results[2:], gradients, plan, Form(*form))
 
 
 _FORM = "float scale, bool from_logits, float normalizer, bool inside, bool normalize, float eps"
 _SAVED = ("q_tilde", "k_tilde", "centre", "half", "u", "states", "rstd")
-_INPUTS = "Tensor q, Tensor? k, Tensor v, Tensor? gate, Tensor? weight"
+_INPUTS = "Tensor q, Tensor? k, Tensor v, Tensor? gate, Tensor? weight, Tensor? initial, Tensor? cu_seqlens"
 
 attention_node = register_node(
-    f"gated_linear_kernels({_INPUTS}, Tensor? initial, Tensor? cu_seqlens, {_FORM}) -> "
+    f"gated_linear_kernels({_INPUTS}, {_FORM}) -> "
     f"(Tensor out, Tensor final, {', '.join('Tensor ' + name for name in _SAVED)})",
     _forward,
     _results,
 )
 attention_gradient_node = register_node(
-    f"gated_linear_kernels_gradient(Tensor? d_out, Tensor? d_final, {_INPUTS}, Tensor? cu_seqlens, Tensor out, "
+    f"gated_linear_kernels_gradient(Tensor? d_out, Tensor? d_final, {_INPUTS}, Tensor out, "
     f"{', '.join('Tensor ' + name for name in _SAVED)}, {_FORM}) -> "
     "(Tensor dq, Tensor dk, Tensor dv, Tensor d_gate, Tensor d_weight, Tensor d_initial)",
     _backward,
