@@ -97,6 +97,25 @@ def test_gradients_of_new_tokens(mix: str, sizes: tuple[int, ...]) -> None:
     assert_close((ends[0] - ends[1]) / 2e-6, slope, tolerances.GRADCHECK)
 
 
+def test_steps_in_place_leave_what_autograd_has_saved(mix: str) -> None:
+    model, ids = tiny(mix), torch.randint(1, 61, (2, 12))
+    found = []
+    for stepping in (False, True):
+        model.zero_grad()
+        cache = model.new_cache(12)
+        costs = [
+            model(part, past_key_values=cache).logits.square().sum() for part in ids[:, :9].split([5, 3, 1], dim=1)
+        ]
+        if stepping:
+            with torch.no_grad():
+                for token in ids[:, 9:].split(1, dim=1):
+                    model(token, past_key_values=cache)
+        torch.stack(costs).sum().backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for without, with_steps in zip(*found, strict=True):
+        torch.testing.assert_close(with_steps, without, rtol=0, atol=0)
+
+
 def test_a_cache_of_another_model_is_refused() -> None:
     ids, cache = text(), tiny("softmax").new_cache()
     with pytest.raises(ConfigError, match=r"of another model \(of softmax; this one is of metala\)"):

@@ -175,9 +175,9 @@ def test_pinned_states_stay_where_they_are() -> None:
     cache = StateCache()
     cache.update(recurrent=torch.zeros(2, 3))
     cache.pin(1)
-    place = cache.get("recurrent")
+    place = cache.tensors["recurrent"]
     cache.update(recurrent=torch.ones(2, 3))
-    assert cache.get("recurrent") is place
+    assert cache.tensors["recurrent"] is place
     assert place.eq(1).all()
     cache.select(torch.tensor([0]))
     cache.update(recurrent=torch.zeros(1, 3))

@@ -96,20 +96,22 @@ class StateCache(LayerCache):
 
     def get(self, name: str) -> Tensor | None:
         """The state stored under `name`, or None before the first update."""
-        return self.tensors.get(name)
+        x = self.tensors.get(name)
+        # Later steps change the state in place: what autograd saves must be another tensor.
+        return x.clone() if x is not None and torch.is_grad_enabled() else x
 
     def update(self, **states: Tensor | None) -> None:
         """Replaces the named states (detached: a cache is for inference).
 
-        A state that is a view of a larger tensor is copied, so that the cache never holds a whole prompt alive;
-        all are contiguous, for steps that change them in place.
+        A state that is a view of a larger tensor is copied, so that the cache never holds a whole prompt alive, as is
+        one that autograd may have saved; all are contiguous, for steps that change them in place.
         """
         for name, x in states.items():
             if x is not None and self._pinned:
                 self.tensors[name].copy_(x)
             elif x is not None:
-                x = x.detach().contiguous()
-                view = torch.compiler.is_compiling() or x.untyped_storage().nbytes() != x.nbytes
+                x, saved = x.detach().contiguous(), x.requires_grad
+                view = torch.compiler.is_compiling() or saved or x.untyped_storage().nbytes() != x.nbytes
                 self.tensors[name] = x.clone() if view else x
 
 
