@@ -209,9 +209,10 @@ def check(shape: tuple[int, ...], kind: str, dtype: torch.dtype, gates: str = "o
 
 def checks(kind: str, operator_name: str) -> list[dict[str, Any]]:
     """Dtypes, odd lengths, widths and extreme gates of one operator."""
-    usual, halves = (2, 1000, 3, 64, 128), (torch.bfloat16, torch.float16, torch.float32)
+    # Heads enough that the largest error of a gradient per head is no matter of chance.
+    usual, halves = (2, 1000, 12, 64, 128), (torch.bfloat16, torch.float16, torch.float32)
     found = [check(usual, kind, dtype) for dtype in halves]
-    found += [check((2, length, 3, 64, 128), kind, torch.bfloat16) for length in (1, 63, 64, 65, 4097)]
+    found += [check((2, length, 12, 64, 128), kind, torch.bfloat16) for length in (1, 63, 64, 65, 4097)]
     found += [check(shape, kind, torch.bfloat16) for shape in ((1, 77, 2, 32, 48), (1, 2500, 2, 128, 128))]
     if kind in ("metala", "channel", "head"):
         found += [check(usual, kind, dtype, "extreme") for dtype in (torch.bfloat16, torch.float32)]
