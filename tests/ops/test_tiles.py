@@ -53,6 +53,19 @@ def test_the_environment_names_another_table(monkeypatch: pytest.MonkeyPatch, tm
     assert lookup() == OTHER
 
 
+def test_warps_and_stages_of_kernels_that_share_a_table_are_measured_too() -> None:
+    pytest.importorskip("triton")
+    from farspan.ops._launch import Constants
+    from farspan.ops.gated_linear import rows
+
+    constants = Constants({"BX": 64, "STAGES": 3})
+    assert rows._schedule("walk.values", (64, 64, 2), constants, 0) == (constants, rows.WARPS)
+    with _tiles.trial({"walk.values 64 64 2": (8, 2)}):
+        assert rows._schedule("walk.values", (64, 64, 2), constants, 0) == ({"BX": 64, "STAGES": 2}, 8)
+        assert _tiles.candidates()["walk.values 64 64 2"] == [(4, 3), *sorted({*rows.SCHEDULES} - {(4, 3)})]
+    assert rows._schedule("walk.values", (64, 64, 2), constants, 0) == (constants, rows.WARPS)
+
+
 def test_tiles_on_trial_come_first_and_go_again() -> None:
     cleared: list[bool] = []
     _tiles.remembered(lambda: cleared.append(True))

@@ -1,6 +1,7 @@
 """Walks of `walk_kernels` over whole sequences: in one go, or in segments that keep the card busy."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from farspan.ops._launch import INTERPRETED, Constants, launch
+from farspan.ops._tiles import measured, remembered
 from farspan.ops.gated_linear.kernels import scan_kernel
 from farspan.ops.gated_linear.plan import Plan
 from farspan.ops.gated_linear.tiles import NARROWEST, SCAN
@@ -15,6 +17,8 @@ from farspan.ops.gated_linear.walk_kernels import walk_kernel
 
 CHUNK = 64
 WARPS, STAGES = 4, 3
+# What `farspan bench ops --tune` tries.
+SCHEDULES = tuple((warps, stages) for warps in (4, 8) for stages in (1, 2, 3, 4))
 # Bytes of shared memory that the tiles of all stages of a pipeline may take.
 PIPELINE = 100 * 1024
 DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -141,14 +145,47 @@ class Walk(NamedTuple):
         arguments = [spare if tensor is None else tensor for tensor in given]
         arguments += [plan.segments]
         grid = (plan.segments.shape[0], heads, -(-self.z.shape[3] // constants["BZ"]))
-        launch(
+        launch_measured(
+            "walk.states" if out is None else "walk.values" if self.own is None else "walk.directions",
             walk_kernel,
             grid,
             (*arguments, self.eps, heads),
+            (constants["BX"], constants["BZ"], self.x.element_size()),
             constants,
-            WARPS,
-            constants["STAGES"],
         )
+
+
+def launch_measured(
+    name: str,
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Sequence[Any],
+    numbers: tuple[int, ...],
+    constants: Constants,
+) -> None:
+    """Launches a kernel with the warps and stages that were measured on the card, otherwise as its constants say.
+
+    Args:
+        name: what the table calls it.
+        kernel: as `launch` takes it.
+        grid: likewise.
+        arguments: likewise; a tensor comes first.
+        numbers: what warps and stages depend on.
+        constants: likewise, with `STAGES`.
+    """
+    constants, warps = _schedule(name, numbers, constants, arguments[0].get_device())
+    launch(kernel, grid, arguments, constants, warps, constants["STAGES"])
+
+
+@functools.cache
+def _schedule(name: str, numbers: tuple[int, ...], constants: Constants, device: int) -> tuple[Constants, int]:
+    if INTERPRETED:
+        return constants, WARPS
+    warps, stages = measured(name, numbers, (WARPS, constants["STAGES"]), SCHEDULES, device)
+    return constants if stages == constants["STAGES"] else Constants(constants | {"STAGES": stages}), warps
+
+
+remembered(_schedule.cache_clear)
 
 
 @functools.cache

@@ -128,13 +128,14 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 def _run(x: _Inputs, plan: Plan, results: tuple[Tensor, ...]) -> None:
     out, final, states, step, total = results
     chunks, heads = plan.chunks.shape[0], x.v.shape[2]
+    by_group = chunks, x.q.shape[2]
     constants = _step_constants(heads, rows.CHUNK, x.bias is not None, x.softplus)
     bias, skip = (x.a if t is None else t for t in (x.bias, x.skip))
     arguments: tuple[Any, ...] = (x.dt, x.a, bias, step, total, plan.chunks, x.low, x.high, heads, x.sizes[2])
     launch(prepare_kernel, (chunks, -(-heads // constants["BH"])), arguments, constants, WARPS)
     _walk(x, plan, (x.k, x.v, step, total), x.initial, final, states)
     arguments = (x.q, x.k, x.v, step, total, skip, states, out, plan.chunks, *x.sizes)
-    _launch(output_kernel, x, plan, arguments, x.constants(OUTPUT, 1, ("HAS_SKIP", x.skip is not None)))
+    _launch(output_kernel, by_group, arguments, x.constants(OUTPUT, 1, ("HAS_SKIP", x.skip is not None)))
 
 
 def _walk(
@@ -171,7 +172,7 @@ def _walk(
         given = (start, end, lost, states, entering, initial, kept)
         arguments: tuple[Any, ...] = (*tensors, *(x.a if t is None else t for t in given), plan.segments, *x.sizes)
         constants = x.constants(STATE, 0, *switches.items(), ("BV", rows.NARROWEST))
-        launch(state_kernel, (shape[0], heads, x.blocks), arguments, constants, WARPS, constants["STAGES"])
+        _launch(state_kernel, (shape[0], heads, x.blocks), arguments, constants)
 
     if not plan.whole:
         added, before = end.new_empty(shape), end.new_empty(shape)
@@ -216,20 +217,21 @@ def _run_backward(
     states, step, total = saved
     dq, dk, dv, d_dt, sums, d_initial = results
     chunks, heads = plan.chunks.shape[0], x.v.shape[2]
+    by_group = chunks, x.q.shape[2]
     d_states, asked = torch.empty_like(states), torch.empty_like(total)
     kept, parts = total.new_empty(chunks, heads, x.blocks), total.new_empty(chunks, *sums.shape)
     _walk(x, plan, (x.q, d_out, step, total), d_final, d_initial, d_states, states, kept)
     decays = step, total
     arguments: tuple[Any, ...] = (x.k, x.q, d_out, x.v, *decays, states, dq, asked, plan.chunks, *x.sizes)
-    _launch(shared_gradient_kernel, x, plan, arguments, x.constants(SHARED, 2, ("LATER", False)))
+    _launch(shared_gradient_kernel, by_group, arguments, x.constants(SHARED, 2, ("LATER", False)))
     arguments = (x.q, x.k, x.v, d_out, *decays, d_states, dk, asked, plan.chunks, *x.sizes)
-    _launch(shared_gradient_kernel, x, plan, arguments, x.constants(SHARED, 2, ("LATER", True)))
+    _launch(shared_gradient_kernel, by_group, arguments, x.constants(SHARED, 2, ("LATER", True)))
     skip, bias = (x.a if t is None else t for t in (x.skip, x.bias))
     dw, net, left, skipped = (torch.empty_like(total) for _ in range(4))
     arguments = (
         x.q, x.k, x.v, skip, *decays, d_out, d_states, dv, dw, net, left, skipped, plan.chunks, *x.sizes,
     )  # fmt: skip
-    _launch(value_gradient_kernel, x, plan, arguments, x.constants(VALUE, 2, ("HAS_SKIP", x.skip is not None)))
+    _launch(value_gradient_kernel, by_group, arguments, x.constants(VALUE, 2, ("HAS_SKIP", x.skip is not None)))
     constants = _step_constants(heads, rows.CHUNK, x.bias is not None, x.softplus, x.blocks)
     arguments = (
         x.dt, x.a, bias, step, asked, net, left, dw, skipped, kept, d_dt, parts, plan.chunks, x.low, x.high, heads,
@@ -251,9 +253,9 @@ def _rehearse(x: _Inputs) -> None:
         _run_backward(x, plan, x.v, None, results[2:], _gradients(None, None, *x[:9], *results[2:], *x[9:]))
 
 
-def _launch(kernel: Any, x: _Inputs, plan: Plan, arguments: tuple[Any, ...], constants: Constants) -> None:
-    """One program per chunk and group."""
-    launch(kernel, (plan.chunks.shape[0], x.q.shape[2]), arguments, constants, WARPS, constants["STAGES"])
+def _launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: Constants) -> None:
+    numbers = constants["BK"], constants["BV"], arguments[0].element_size()
+    rows.launch_measured(f"ssd.{kernel.__name__}", kernel, grid, arguments, numbers, constants)
 
 
 @functools.cache
