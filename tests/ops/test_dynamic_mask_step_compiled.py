@@ -1,4 +1,4 @@
-"""The kernels of dynamic mask attention's decoding step compile ahead of time, without a GPU."""
+"""The kernels of dynamic mask attention's decoding step, and of norms with rotation, compile without a GPU."""
 
 import os
 import re
@@ -17,6 +17,7 @@ from triton.compiler import ASTSource, compile
 
 from farspan.ops.dynamic_mask.scores_triton import scores_kernel
 from farspan.ops.dynamic_mask.step_kernels import live_kernel, take_in_kernel
+from farspan.ops.rotary_norm_kernels import normed_gradient_kernel, normed_kernel
 
 pytestmark = pytest.mark.slow
 
@@ -25,17 +26,22 @@ KINDS = dict.fromkeys(
     ("p_bias", "p_ranking", "p_cos", "p_sin", "p_biases", "p_rankings", "p_parts", "p_stats"), "*fp32"
 )
 KINDS |= {"p_born": "*i32", "p_seen": "*i32", "p_weight": "*fp64", "p_offset": "*fp64", "scale": "fp32", "eps": "fp32"}
+KINDS |= dict.fromkeys(("q", "k", "q_norm", "k_norm", "q_out", "k_out", "dq_out", "dk_out", "dq", "dk"), "*bf16")
+KINDS |= dict.fromkeys(("cos", "sin", "dq_norm", "dk_norm"), "*fp32")
 NARROW = {"G": 8, "SHARED": 2, "K": 64, "V": 64, "R": 64, "NORMED": True, "BK": 64, "BV": 64}
 WIDE = {"G": 8, "SHARED": 1, "K": 128, "V": 128, "R": 128, "NORMED": True, "BK": 128, "BV": 128}
 TILES = {"Q": 2, "QB": 16, "DOT": tl.bfloat16, "PRECISION": "ieee"}
-ROW = {"D": 1024, "BT": 1, "BD": 1024, "HEADS": 1, "BM": 1, "OFFSET": True, "EXPONENTIAL": True, "LARGEST": 80.0}
+ROW = {"D": 1024, "BT": 1, "BD": 1024, "BM": 1, "OFFSET": True, "EXPONENTIAL": True, "LARGEST": 80.0}
+TURNED = {"K": 128, "INTERLEAVED": False, "BT": 16, "HB": 4, "BK": 128}
 KERNELS = {
     "take in": (take_in_kernel, NARROW | {"BR": 2, "BS": 2048}),
     "wide take in": (take_in_kernel, WIDE | {"BR": 1, "BS": 2048}),
     "attention": (live_kernel, NARROW | TILES | {"BT": 128}),
     "wide attention": (live_kernel, WIDE | TILES | {"BT": 64}),
+    "norm and rotation": (normed_kernel, TURNED),
+    "gradient of norm and rotation": (normed_gradient_kernel, TURNED),
     "scores of a step": (scores_kernel, ROW),
-    "scores": (scores_kernel, ROW | {"BT": 8, "BD": 256, "HEADS": 8, "BM": 8}),
+    "scores": (scores_kernel, ROW | {"BT": 4, "BD": 128, "BM": 8}),
 }
 
 

@@ -10,9 +10,10 @@ from tests import tolerances
 from tests.ops.checks import assert_close
 
 
-def results(call: object, q: Tensor, k: Tensor, *rest: object) -> list[Tensor]:
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k)]
-    turned = call(*leaves, *rest)
+def results(call: object, q: Tensor, k: Tensor, *rest: object, every: bool = False) -> list[Tensor]:
+    """Both outputs and the gradients of q and k; of `every` argument if wanted."""
+    leaves = [x.detach().clone().requires_grad_() for x in ((q, k, *rest) if every else (q, k))]
+    turned = call(*leaves) if every else call(*leaves, *rest)
     weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).to(x.dtype) for x in turned]
     gradients = torch.autograd.grad(sum((x * w).sum() for x, w in zip(turned, weights, strict=True)), leaves)
     return [*(x.detach() for x in turned), *gradients]
@@ -28,6 +29,25 @@ def test_both_match_the_formula(width: int, rotary: int, interleaved: bool, dtyp
     want = results(rotary_pair_torch, q.double(), k.double(), *table, interleaved)
     got = results(rotary_pair_triton, q, k, *table, interleaved)
     for name, a, b in zip(("q", "k", "dq", "dk"), got, want, strict=True):
+        assert_close(a, b, tolerances.FLOAT32 if dtype == torch.float32 else 1e-3, name)
+
+
+@pytest.mark.parametrize(("width", "rotary"), [(8, 8), (6, 6), (8, 2)])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_norms_match_the_formula(width: int, rotary: int, interleaved: bool, dtype: torch.dtype) -> None:
+    """Weights of another dtype than the vectors, and a number of rows that no block divides."""
+    q, k = 3 * torch.randn(2, 19, 5, width).to(dtype), torch.randn(2, 19, 2, width).to(dtype)
+    norms = torch.rand(width) + 0.5, torch.randn(width)
+    angles = torch.rand(2, 19, rotary // 2) * 6
+    table = angles.cos(), angles.sin()
+
+    def run(call: object, *tensors: Tensor) -> list[Tensor]:
+        return results(lambda q, k, a, b: call(q, k, *table, interleaved, (a, b), 0.1), *tensors, every=True)
+
+    want = run(rotary_pair_torch, *(x.double() for x in (q, k, *norms)))
+    got = run(rotary_pair_triton, q, k, *norms)
+    for name, a, b in zip(("q", "k", "dq", "dk", "dq_norm", "dk_norm"), got, want, strict=True):
         assert_close(a, b, tolerances.FLOAT32 if dtype == torch.float32 else 1e-3, name)
 
 

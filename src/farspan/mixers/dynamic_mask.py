@@ -234,10 +234,12 @@ class DynamicMaskMixer(Mixer):
     def project(self, x: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, T, H, K]`, keys and values `[B, T, G, K]` as the attention reads them."""
         q, k, v = self._heads(x)
-        q, k = self._normed(q, k)
         cos, sin = self._rotation(layout)
+        norms = None if cos is None else self._norms()
+        if norms is None:
+            q, k = self._normed(q, k)
         if cos is not None and sin is not None:
-            q, k = rotary_pair(q, k, cos, sin)
+            q, k = rotary_pair(q, k, cos, sin, norms=norms, norm_eps=self.options.norm_eps)
         return q, k, v
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

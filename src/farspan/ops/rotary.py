@@ -2,10 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import rms_norm
 
 from farspan.errors import ShapeError
 from farspan.ops._backend import no_double, register, resolve
-from farspan.ops._contract import Contract, compute_dtype
+from farspan.ops._contract import Contract, compute_dtype, without_autocast
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
@@ -30,14 +31,26 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False)
 
 
 def rotary_pair(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, backend: str = "auto"
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    interleaved: bool = False,
+    norms: tuple[Tensor, Tensor] | None = None,
+    norm_eps: float = 1e-6,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`apply_rotary` of queries and keys at the same places; on a GPU one kernel forward and one backward.
+
+    With norms, x / sqrt(mean(x²) + eps) · w over the channels comes first, in the same kernels where all are rotated.
 
     Args:
         q, k: `[B, T, H, K]` and `[B, T, G, K]`.
         cos, sin: `[B, T, r/2]` float32 from `rotary_table`, r ≤ K; constants, no gradient reaches them.
         interleaved: as for `apply_rotary`.
+        norms: weights w `[K]` of q and of k; None is no norm.
+        norm_eps: epsilon of these norms.
         backend: `"auto"`, `"reference"`, `"torch"` (the same function) or `"triton"`.
 
     Returns:
@@ -64,13 +77,33 @@ def rotary_pair(
     contract.tensor("sin", sin, "B T r/2")
     if 2 * cos.shape[-1] > q.shape[-1]:
         raise ShapeError(f"rotary_pair: r={2 * cos.shape[-1]} channels cannot be rotated of K={q.shape[-1]}.")
-    turned: tuple[Tensor, Tensor] = resolve("rotary_pair", backend, (q, k))(q, k, cos, sin, interleaved)
+    for norm in norms or ():
+        contract.tensor("norms", norm, "K")
+    implementation = resolve("rotary_pair", backend, (q, k))
+    with without_autocast(q):
+        turned: tuple[Tensor, Tensor] = implementation(q, k, cos, sin, interleaved, norms, norm_eps)
     return turned
 
 
-def rotary_pair_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+def rotary_pair_torch(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    norms: tuple[Tensor, Tensor] | None = None,
+    norm_eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
     """One after the other; arguments as `rotary_pair`."""
+    if norms is not None:
+        q, k = (normed(x, w, norm_eps) for x, w in zip((q, k), norms, strict=True))
     return apply_rotary(q, cos, sin, interleaved), apply_rotary(k, cos, sin, interleaved)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · w over the last dimension, in x's dtype."""
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    return rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
 
 
 register(

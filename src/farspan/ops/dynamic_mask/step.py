@@ -5,13 +5,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm
 
 from farspan.errors import ConfigError, ShapeError
 from farspan.ops._backend import register, resolve
 from farspan.ops._contract import Contract, without_autocast
 from farspan.ops.dynamic_mask.reference import Selection, dynamic_mask_attention_reference
-from farspan.ops.rotary import apply_rotary
+from farspan.ops.rotary import apply_rotary, normed
 
 GONE = float("-inf")
 
@@ -152,7 +151,7 @@ def dynamic_mask_step_torch(
     """The formulas as they stand; arguments as `dynamic_mask_step`."""
     keys, values, biases, rankings, born, seen = live
     if norms is not None:
-        q, k = (rms_norm(x, w.shape, w.to(x.dtype), norm_eps) for x, w in zip((q, k), norms, strict=True))
+        q, k = (normed(x, w, norm_eps) for x, w in zip((q, k), norms, strict=True))
     if cos is not None and sin is not None:
         q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
     bias, ranking = bias.unflatten(2, rankings.shape[2:]), ranking.unflatten(2, rankings.shape[2:])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from farspan.ops import varlen
 from farspan.ops._contract import plain_backward
+from farspan.ops._launch import INTERPRETED, Constants, compile_ahead, launch
 from farspan.ops._library import register_node
 from farspan.ops.dynamic_mask import expiry_kernels, kernels
 from farspan.ops.dynamic_mask.blocks import HIDDEN
@@ -21,9 +22,7 @@ from farspan.ops.dynamic_mask.torch import candidates, ranking_of
 ROWS, LANES, ORDERED, PLACES = 64, 64, 64, 1024
 # Warp-group matrix instructions fail on blocks of 32 columns.
 NARROWEST = 64
-INTERPRETED = not isinstance(kernels.attend_kernel, triton.runtime.JITFunction)
 DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-KEY_OPTIONS: dict[str, int] = {"QB": 1}
 LOG2E = 1.4426950408889634
 
 
@@ -32,6 +31,12 @@ def dynamic_mask_attention_triton(
 ) -> Tensor:
     """See `dynamic_mask_attention`; serves what `option_limits` lets pass."""
     units = max(k.shape[2], bias.shape[2])
+    if not torch.compiler.is_compiling():
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias))
+        exact, packed = trains and bias.requires_grad, selection.cu_seqlens is not None
+        key = q.device, q.dtype, k.dtype, v.dtype, bias.dtype, q.shape[2:], k.shape[2:], v.shape[3], bias.shape[2]
+        rehearse = functools.partial(_rehearse, q, k, v, bias, packed, trains, exact)
+        compile_ahead(("dynamic mask", trains, exact, packed, *key), rehearse)
     bias = candidates(bias, selection)
     ranking = ranking_of(bias.detach(), selection)
     expires, table = plan_node(ranking, bias.detach(), selection.cu_seqlens, q.shape[1], units, selection.keep)
@@ -41,6 +46,19 @@ def dynamic_mask_attention_triton(
     rows = (x.to(dtype).contiguous() for x in (q, k, v))
     out: Tensor = _Lanes.apply(*rows, by_unit, expires, table, scale)
     return out.to(v.dtype)
+
+
+def _rehearse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, packed: bool, trains: bool, exact: bool) -> None:
+    """Every launch of a call and of its gradient, on little."""
+    length, units = 2 * ROWS, max(k.shape[2], bias.shape[2])
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    q, k, v = (x.new_zeros(1, length, *x.shape[2:], dtype=dtype) for x in (q, k, v))
+    cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=q.device) if packed else None
+    ranking, by_unit = bias.new_zeros(1, length, bias.shape[2]), q.new_zeros(1, units, length, dtype=torch.float32)
+    plan = _plan(ranking, ranking, cu_seqlens, length, units, 1)
+    saved = _attend(q, k, v, by_unit, *plan, 1.0, exact)
+    if trains:
+        _attend_gradient(torch.empty_like(saved[0]), q, k, v, by_unit, *plan, *saved, 1.0, exact)
 
 
 def expiry_triton(bias: Tensor, keep: int, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -54,12 +72,10 @@ def expiry_triton(bias: Tensor, keep: int, cu_seqlens: Tensor | None = None) -> 
     windows = torch.empty(len(expires), blocks, ORDERED, dtype=torch.int32, device=bias.device)
     grid, packed = (blocks, len(expires)), cu_seqlens is not None
     with torch.cuda.device_of(bias):
-        expiry_kernels.window_kernel[grid](
-            ranks, windows, table, length, keep, N=ORDERED, BX=PLACES, PACKED=packed, num_warps=4
-        )
-        expiry_kernels.expiry_kernel[grid](
-            order, windows, table, expires, length, N=ORDERED, PACKED=packed, num_warps=4
-        )
+        before = ranks, windows, table, length, keep
+        _launch(expiry_kernels.window_kernel, grid, before, N=ORDERED, BX=PLACES, PACKED=packed)
+        within = order, windows, table, expires, length
+        _launch(expiry_kernels.expiry_kernel, grid, within, N=ORDERED, PACKED=packed)
     return expires
 
 
@@ -100,13 +116,12 @@ def _lanes(expires: Tensor, cu_seqlens: Tensor | None, queries: int, keep: int) 
     table = torch.full((rows, blocks, lanes), -1, dtype=torch.int32, device=expires.device)
     grid, hops = (triton.cdiv(keys, PLACES), rows), ((keys - 1).bit_length() + 1) // 2
     with torch.cuda.device_of(expires):
-        expiry_kernels.link_kernel[grid](expires, ends, before, keys, BX=PLACES)
+        _launch(expiry_kernels.link_kernel, grid, (expires, ends, before, keys), BX=PLACES)
         for _ in range(hops):
-            expiry_kernels.hop_kernel[grid](before, keys, BX=PLACES)
-        expiry_kernels.birth_kernel[grid](
-            before, starts, table, keys, keep, keys - queries, blocks, lanes, C=ROWS, BX=PLACES
-        )
-        expiry_kernels.newest_kernel[(lanes // LANES, rows)](table, blocks, lanes, BM=32, BL=LANES, num_warps=4)
+            _launch(expiry_kernels.hop_kernel, grid, (before, keys), BX=PLACES)
+        arguments = before, starts, table, keys, keep, keys - queries, blocks, lanes
+        _launch(expiry_kernels.birth_kernel, grid, arguments, C=ROWS, BX=PLACES)
+        _launch(expiry_kernels.newest_kernel, (lanes // LANES, rows), (table, blocks, lanes), BM=32, BL=LANES)
     return table
 
 
@@ -131,42 +146,62 @@ class _Lanes(torch.autograd.Function):
 class _Call:
     """Sizes of one call as the kernels take them."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, exact: bool) -> None:
         (self.batch, queries, self.heads, width), (keys, groups), values = q.shape, k.shape[1:3], v.shape[3]
         self.units, self.blocks, lanes = len(table) // max(self.batch, 1), table.shape[1], table.shape[2]
-        together = self.heads // self.units
-        self.sizes = (self.batch, queries, keys, self.heads, groups, self.units)
-        self.lanes, self.past = (self.blocks, lanes), keys - queries
-        # Two heads that share keys make the 128 rows of a tile.
-        self.options = {
+        # Two heads that share keys make the 128 rows of a tile. Sums of keys stay in registers: one head at a time.
+        self.pair = 2 if self.heads // self.units % 2 == 0 else 1
+        self.past = keys - queries
+        self.numbers = (self.batch, queries, keys, self.heads, groups, self.units)
+        self.lanes = (self.blocks, lanes, self.past)
+        self.query_grid = self.blocks, self.batch * self.heads // self.pair
+        self.warps = 4 if max(width, values) <= 64 else 8
+        self.sizes = {
             "D": width,
             "V": values,
             "BD": max(NARROWEST, triton.next_power_of_2(width)),
             "BV": max(NARROWEST, triton.next_power_of_2(values)),
             "C": ROWS,
-            "QB": 2 if together % 2 == 0 else 1,
+            "BN": LANES,
+            "BL": LANES,
+            "EXACT": exact,
             "DOT": tl.float32 if INTERPRETED else DOT[q.dtype],
             "PRECISION": "ieee",
-            "num_warps": 4 if max(width, values) <= 64 else 8,
         }
-        # Sums of keys stay in registers, so one head at a time.
-        self.key_options = self.options | KEY_OPTIONS
 
-    @property
-    def query_grid(self) -> tuple[int, int]:
-        return self.blocks, self.batch * self.heads // self.options["QB"]
+    def launch(
+        self,
+        kernel: Any,
+        grid: tuple[int, int],
+        arguments: tuple[Any, ...],
+        heads: int,
+        stages: int,
+        lanes: bool = True,
+    ) -> None:
+        numbers = (*self.numbers, *self.lanes) if lanes else (*self.numbers, self.past)
+        _launch(kernel, grid, (*arguments, *numbers), self.warps, stages, QB=heads, **self.sizes)
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], warps: int = 4, stages: int = 3, **switches: Any
+) -> None:
+    launch(kernel, grid, arguments, _constants(kernel, *switches.items()), warps, stages)
+
+
+@functools.cache
+def _constants(kernel: Any, *switches: tuple[str, Any]) -> Constants:
+    given = dict(switches)
+    return Constants({name: given[name] for name in kernel.arg_names if name in given})
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, expires: Tensor, table: Tensor, scale: float, exact: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(q, k, v, table)
+    call = _Call(q, k, v, table, exact)
     out, rest, lse = _room(q, k, v, bias, expires, table, scale, exact)
+    tensors = q, k, v, bias, expires, table, out, rest, lse, scale * LOG2E
     with torch.cuda.device_of(q):
-        kernels.attend_kernel[call.query_grid](
-            q, k, v, bias, expires, table, out, rest, lse, scale * LOG2E, *call.sizes, *call.lanes, call.past,
-            BN=LANES, EXACT=exact, num_stages=3, **call.options,
-        )  # fmt: skip
+        call.launch(kernels.attend_kernel, call.query_grid, tensors, call.pair, 3)
     return out, rest, lse
 
 
@@ -184,36 +219,21 @@ def _attend_gradient(
     scale: float,
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call, delta, dq = _Call(q, k, v, table), torch.empty_like(lse), torch.empty_like(q)
-    rows = (*k.shape[:2], call.units)
-    shapes = ((*rows, k.shape[3]), (*rows, v.shape[3]), bias.shape)
+    call, delta, dq = _Call(q, k, v, table, exact), torch.empty_like(lse), torch.empty_like(q)
+    by_unit = (*k.shape[:2], call.units)
+    shapes = ((*by_unit, k.shape[3]), (*by_unit, v.shape[3]), bias.shape)
     dk, dv, d_bias = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes)
     if call.past:  # keys before the first query have no block of their own
         for gradient in (dk, dv, d_bias):
             gradient.zero_()
-    key_tensors, scales = (lse, delta, d_out, dk, dv, d_bias), (scale * LOG2E, scale)
+    inputs, scales, rows = (q, k, v, bias, expires), (scale * LOG2E, float(scale)), call.batch * call.units
+    keys = lse, delta, d_out, dk, dv, d_bias, *scales
+    queries = table, out, rest, lse, d_out, dq, delta, *scales
     with torch.cuda.device_of(q):
-        kernels.query_gradient_kernel[call.query_grid](
-            q, k, v, bias, expires, table, out, rest, lse, d_out, dq, delta, *scales, *call.sizes, *call.lanes,
-            call.past, BN=LANES, EXACT=exact, num_stages=2, **call.options,
-        )  # fmt: skip
-        kernels.own_gradient_kernel[(call.blocks, call.batch * call.units)](
-            q,
-            k,
-            v,
-            bias,
-            expires,
-            *key_tensors,
-            *scales,
-            *call.sizes,
-            call.past,
-            num_stages=1,
-            **call.key_options,
-        )
-        kernels.lane_gradient_kernel[(call.lanes[1] // LANES, call.batch * call.units)](
-            q, k, v, bias, expires, table, *key_tensors, *scales, *call.sizes, *call.lanes, call.past,
-            BL=LANES, num_stages=1, **call.key_options,
-        )  # fmt: skip
+        call.launch(kernels.query_gradient_kernel, call.query_grid, (*inputs, *queries), call.pair, 2)
+        call.launch(kernels.own_gradient_kernel, (call.blocks, rows), (*inputs, *keys), 1, 1, lanes=False)
+        grid = call.lanes[1] // LANES, rows
+        call.launch(kernels.lane_gradient_kernel, grid, (*inputs, table, *keys), 1, 1)
     if call.units > k.shape[2]:
         dk, dv = (x.unflatten(2, (k.shape[2], -1)).sum(3) for x in (dk, dv))
     return dq, dk.to(k.dtype), dv.to(v.dtype), d_bias

@@ -1,0 +1,85 @@
+"""Norm and rotation of queries and keys on a GPU: one kernel forward, one for all gradients."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from farspan.ops._contract import plain_backward
+from farspan.ops._library import register_node
+from farspan.ops.rotary_norm_kernels import normed_gradient_kernel, normed_kernel
+
+# Rows and heads of a program.
+BLOCK, HEADS = 16, 4
+
+
+class NormedRotation(torch.autograd.Function):
+    """Queries and keys, normed and rotated; tables are constants."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*arguments[:6])
+        ctx.options = arguments[6:]
+        turned, keys = normed_node(*arguments)
+        return turned, keys
+
+    @staticmethod
+    @plain_backward
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = (*ctx.saved_tensors, dq.contiguous(), dk.contiguous())
+        dq, dk, dq_norm, dk_norm = normed_gradient_node(*tensors, *ctx.options)
+        return dq, dk, None, None, dq_norm, dk_norm, None, None
+
+
+def _launch(kernel: Any, q: Tensor, k: Tensor, tensors: tuple[Tensor, ...], eps: float, interleaved: bool) -> None:
+    rows, (heads, width), groups = q.shape[0] * q.shape[1], q.shape[2:], k.shape[2]
+    if rows:
+        with torch.cuda.device_of(q):
+            kernel[triton.cdiv(rows, BLOCK), triton.cdiv(heads, HEADS) + triton.cdiv(groups, HEADS)](
+                *tensors, float(eps), rows, heads, groups, K=width, INTERLEAVED=interleaved, BT=BLOCK, HB=HEADS,
+                BK=triton.next_power_of_2(width), num_warps=4,
+            )  # fmt: skip
+
+
+def _normed(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    made = torch.empty_like(q), torch.empty_like(k)
+    _launch(normed_kernel, q, k, (q, k, cos, sin, q_norm, k_norm, *made), eps, interleaved)
+    return made
+
+
+def _normed_gradient(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    made = torch.empty_like(q), torch.empty_like(k)
+    blocks = triton.cdiv(q.shape[0] * q.shape[1], BLOCK)
+    parts = [q.new_empty(blocks, triton.cdiv(x.shape[2], HEADS), x.shape[3], dtype=torch.float32) for x in (q, k)]
+    tensors = (q, k, cos, sin, q_norm, k_norm, dq, dk, *made, *parts)
+    _launch(normed_gradient_kernel, q, k, tensors, eps, interleaved)
+    dq_norm, dk_norm = (part.sum((0, 1)).to(w.dtype) for part, w in zip(parts, (q_norm, k_norm), strict=True))
+    return *made, dq_norm, dk_norm
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor q_norm, Tensor k_norm"
+normed_node = register_node(
+    f"normed_rotary_pair({_INPUTS}, float eps, bool interleaved) -> (Tensor, Tensor)",
+    _normed,
+    lambda q, k, *others: (torch.empty_like(q), torch.empty_like(k)),
+)
+normed_gradient_node = register_node(
+    f"normed_rotary_pair_gradient({_INPUTS}, Tensor dq, Tensor dk, float eps, bool interleaved) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _normed_gradient,
+    lambda q, k, cos, sin, q_norm, k_norm, *others: tuple(torch.empty_like(x) for x in (q, k, q_norm, k_norm)),
+)
