@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from farspan.errors import ConfigError
 from farspan.training import loop, row_sparse
@@ -156,3 +159,35 @@ def test_a_run_resumes_to_the_same_digits(
             train(cut)
     train(cut)
     assert history(cut.run_dir) == history(whole.run_dir)
+
+
+def _sharded_rank(rank: int, directory: str) -> None:
+    """Steps a table that is cut by rows over two ranks, and saves the rows of all."""
+    store = dist.FileStore(f"{directory}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        torch.manual_seed(0)
+        start, sequence = torch.randn(5, 4, dtype=torch.float64), gradients(6, 5, 4)
+        table = nn.Parameter(distribute_tensor(start, mesh, [Shard(0)]))
+        optimizer = RowSparseAdamW([{"params": [table], "row_sparse": True}], **OPTIONS)
+        for gradient in sequence:
+            table.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+            optimizer.step()
+        found = {"table": table, **optimizer.state[table]}
+        whole = {name: x.full_tensor().detach() for name, x in found.items()}
+        if rank == 0:
+            torch.save(whole, f"{directory}/found.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_table_that_is_cut_over_ranks_moves_as_the_whole_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_sharded_rank, args=(str(tmp_path),), nprocs=2)
+    torch.manual_seed(0)
+    start, sequence = torch.randn(5, 4, dtype=torch.float64), gradients(6, 5, 4)
+    table, state = optimised(start, sequence, RowSparseAdamW, row_sparse=True)
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    for name, x in {"table": table, **state}.items():
+        assert torch.equal(found[name], x), name
