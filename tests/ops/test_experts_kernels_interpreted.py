@@ -69,6 +69,17 @@ def test_gradients_of_gradients_are_the_reference_s() -> None:
         assert_close(got, want, tolerances.FLOAT32)
 
 
+def test_gradients_of_gradients_of_scores_are_the_reference_s() -> None:
+    found = []
+    for call in (routing.product_key_topk_triton, lambda *t: product_key_topk(*t, backend="reference")):
+        torch.manual_seed(0)
+        leaves = [t.float().requires_grad_() for t in scores(3, 2, 5)]
+        first = torch.autograd.grad((call(*leaves, 7)[0] ** 3).sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    for got, want in zip(*found, strict=True):
+        assert_close(got, want, tolerances.FLOAT32)
+
+
 def test_nothing_in_nothing_out() -> None:
     tensors = make(0, 3, 4, dtype=torch.float32)
     found = gradients(kernels.retrieved_experts_triton, tensors)

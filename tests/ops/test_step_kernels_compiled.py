@@ -26,7 +26,7 @@ from farspan.ops.short_convolution.triton import _constants as convolution_const
 from farspan.ops.softmax.step_kernels import attend_kernel, merge_kernel
 from farspan.ops.softmax.step_triton import BLOCK
 from farspan.ops.ssd.step_kernels import step_kernel as ssd
-from farspan.ops.swiglu.kernels import swiglu_kernel
+from farspan.ops.swiglu import kernels as products
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,8 @@ KERNELS = {
     "short_convolution": (convolution, {"W": 4, "BW": 4, "BD": 256, "BIASED": True, "SILU": True}),
     "convolution of sequences": (convolutions.convolution_kernel, convolution_constants(4, **TAPS)),
     "gradient of convolution": (convolutions.gradient_kernel, convolution_constants(4, **TAPS, gradient=True)),
-    "swiglu": (swiglu_kernel, {"BF": 512}),
+    "swiglu": (products.swiglu_kernel, {"BF": 512}),
+    "gradient of swiglu": (products.gradient_kernel, {"BF": 512}),
     "softmax": (attend_kernel, SLOTS | {"K": 64, "V": 64, "R": 64, "INTERLEAVED": False, "BK": 64, "BV": 64}),
     "wide softmax": (attend_kernel, SLOTS | {"K": 128, "V": 128, "R": 32, "INTERLEAVED": True, "BK": 128, "BV": 128}),
     "collinear": (collinear_kernel, SLOTS | {"K": 64, "V": 64, "R": 64, "STRICT": False, "BJ": 32, "BV": 64}),

@@ -12,6 +12,12 @@ from tests import tolerances
 from tests.ops.checks import assert_close
 from tests.ops.conftest import INTERPRETED
 
+BACKEND = "triton" if INTERPRETED else "torch"
+
+
+def gradients(out: Tensor, inputs: tuple[Tensor, ...], d_out: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out, inputs, d_out.to(out.dtype))
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16] if INTERPRETED else [torch.float64])
 @pytest.mark.parametrize("how", ["whole", "slices", "transposed"])
@@ -28,10 +34,26 @@ def test_product(how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
         gate, up = draw(2, 3, 1400).split(700, dim=-1)
     else:
         gate, up = draw(3, 2, 700).transpose(0, 1), draw(2, 700, 3).transpose(1, 2)
-    got = swiglu(gate, up, backend="triton" if INTERPRETED else "torch")
+    gate, up = gate.requires_grad_(), up.requires_grad_()
+    got = swiglu(gate, up, backend=BACKEND)
+    want = F.silu(gate.double()) * up.double()
+    d_out = draw(*got.shape)
+    pairs = zip((got, *gradients(got, (gate, up), d_out)), (want, *gradients(want, (gate, up), d_out)), strict=True)
     tolerance = {torch.float64: tolerances.FLOAT64, torch.float32: tolerances.FLOAT32, torch.float16: 2e-3}[dtype]
-    assert_close(got, F.silu(gate.double()) * up.double(), tolerance)
-    assert got.dtype == dtype
+    for ours, exact in pairs:
+        assert ours.dtype == dtype
+        assert_close(ours, exact, tolerance)
+
+
+def test_gradients_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "triton_reason", lambda *_: None)
+    inputs = [torch.randn(1, 2, 5).requires_grad_() for _ in range(2)]
+    found = []
+    for out in (swiglu(*inputs, backend=BACKEND), F.silu(inputs[0]) * inputs[1]):
+        first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
+    for ours, theirs in zip(*found, strict=True):
+        assert_close(ours, theirs, tolerances.FLOAT32)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="needs no kernel")

@@ -178,22 +178,18 @@ class RetrievedExperts(nn.Module):
 
     def _record(self, routing: Routing, keep: Tensor | None) -> AuxiliaryRecord:
         # The softmax over all sums of two scores is the product of the softmaxes over either.
-        wide = routing.weights.dtype
-        axes = [torch.log_softmax(s, dim=-1, dtype=wide) for s in (routing.scores_x, routing.scores_y)]
-        px, py = (axis.exp() for axis in axes)
-        share = (token_shares(px, keep) / px.shape[1]).view(-1, 1, 1)
-        weighted = px * share
-        with without_autocast(px):
-            probability = weighted.flatten(0, 1).mT @ py.flatten(0, 1)
-        with torch.no_grad():
-            x, y = (
-                torch.dot(p.flatten(), axis.flatten()) for p, axis in zip((weighted, py * share), axes, strict=True)
-            )
+        scores = torch.stack((routing.scores_x, routing.scores_y)).to(routing.weights.dtype)
+        log_p = torch.log_softmax(scores, dim=-1)
+        p = log_p.exp()
+        weighted = p * (token_shares(p[0], keep) / p.shape[2]).view(-1, 1, 1)
+        with without_autocast(p):
+            probability = weighted[0].flatten(0, 1).mT @ p[1].flatten(0, 1)
+            entropy = -torch.dot(weighted.detach().flatten(), log_p.detach().flatten())
         return balance_record(
             routing.expert_ids.flatten(1),
             keep,
             probability.flatten(),
-            -(x + y),
+            entropy,
             self.options.router_aux_loss_coef,
             self.options.pool_aux_loss,
         )

@@ -80,11 +80,11 @@ def mix_kernel(
     tl.store(out + n * D + c, acc.to(out.dtype.element_ty), mask=c < D)
 
 
-@triton.jit(do_not_specialize=["N", "R", "pieces"])
+@triton.jit(do_not_specialize=["N", "pieces"])
 def gradient_kernel(
-    x, dy, weights, hidden, up, ids, order, begins, d_hidden, d_weights, d_down, d_up, sums, N, R, pieces,
-    ACT: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, dy, weights, hidden, up, ids, order, begins, d_hidden, d_weights, d_down, d_up, sums, N, pieces,
+    R: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr, D: tl.constexpr, BR: tl.constexpr,
+    BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of an expert's two rows, of its pre-activations and of its weights, from its slots in `order`.
 

@@ -74,7 +74,7 @@ def _run(scores_x: Tensor, scores_y: Tensor, ranks: Tensor, best: Tensor, ids: T
     x, y = _rows(scores_x), _rows(scores_y)
     constants = _choice_constants(keys, k, ranks.shape[1], best.dtype == torch.float32)
     arguments = x, y, ranks, best, ids, x.stride(0), y.stride(0), keys, k, ranks.shape[1]
-    warps = 1 if max(constants["BP"], constants["BC"]) <= 512 else 4
+    warps = 1 if max(constants["BP"], constants["BC"]) <= 1024 else 4
     launch(kernels.topk_kernel, (len(x),), arguments, constants, warps)
 
 

@@ -16,7 +16,7 @@ from farspan.ops.experts.torch import Slots, retrieved_experts_bags
 # mixtures, of gradients (which hold whole rows), of sums of pieces.
 DOTS, MIX, GRADIENT, JOIN = (4, 1024, 1, 1), (8, 256, 1, 1), (1, 8192, 1, 3), (1, 256, 1, 1)
 # Slots of a token that one program of the dots goes through.
-STRETCH = 32
+STRETCH = 16
 # Slots of an expert that one program of the gradient goes through.
 PIECE = 256
 
@@ -58,8 +58,10 @@ def _forward(
     results = _forward_room(x, ids, weights, down, up, activation)
     if ids.numel():
         with torch.cuda.device_of(x):
-            key = x.device, x.shape[1], activation, x.dtype, weights.dtype, up.dtype
-            compile_ahead(("experts", *key), lambda: _rehearse(x, weights, down, up, activation))
+            key = x.device, x.shape[1], ids.shape[1], activation, x.dtype, weights.dtype, up.dtype
+            compile_ahead(
+                ("experts", *key), lambda: _rehearse(x[:1], ids[:1], weights[:1], down[:1], up[:1], activation)
+            )
             _run(x, ids, weights, down, up, activation, results)
     return results
 
@@ -117,8 +119,8 @@ def _run_backward(
     (experts, width), pieces = down.shape, triton.cdiv(len(order), PIECE)
     sums, d_hidden = hidden.new_empty(pieces, 2, 2, width), hidden.new_empty(ids.shape)
     arguments: tuple[Any, ...] = (x, dy, weights, hidden, up, ids, order, begins, d_hidden, dw, d_down, d_up, sums)
-    arguments += (*ids.shape, pieces)
-    switches = {"ACT": activation, "PARTS": len(hidden), "PIECE": PIECE}
+    arguments += (len(ids), pieces)
+    switches = {"R": ids.shape[1], "ACT": activation, "PARTS": len(hidden), "PIECE": PIECE}
     _launch(kernels.gradient_kernel, (pieces + experts,), arguments, GRADIENT, width, **switches)
     arguments = sums, ids, order, begins, d_down, d_up
     _launch(kernels.join_kernel, (pieces,), arguments, JOIN, width, PIECE=PIECE)
@@ -131,10 +133,8 @@ def _backward_room(
     return torch.empty_like(x), torch.empty_like(weights), torch.empty_like(down), torch.empty_like(up)
 
 
-def _rehearse(x: Tensor, weights: Tensor, down: Tensor, up: Tensor, activation: str) -> None:
-    """Makes all launches for one token and one slot."""
-    x, down, up = x[:1], down[:1], up[:1]
-    weights, ids = x.new_empty(1, 1, dtype=weights.dtype), x.new_empty(1, 1, dtype=torch.int64)
+def _rehearse(x: Tensor, ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, activation: str) -> None:
+    """Makes all launches for one token."""
     results = _forward_room(x, ids, weights, down, up, activation)
     _run(x, ids, weights, down, up, activation, results)
     backward = results[0], x, ids, weights, results[1], down, up, activation

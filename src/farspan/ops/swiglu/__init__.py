@@ -1,1 +1,1 @@
-"""SiLU of one stream times another, of the slices of one product, while text is generated."""
+"""SiLU of one stream times another: of whole tensors, or of slices of one product."""

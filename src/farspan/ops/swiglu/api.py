@@ -1,29 +1,28 @@
-"""The public function of SwiGLU's product, without gradients."""
+"""The public function of SwiGLU's product."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from farspan.ops._backend import register, resolve
+from farspan.ops._backend import no_double, register, resolve
 from farspan.ops._contract import Contract
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
-    """SiLU(gate) ∘ up; no gradients. On a GPU one kernel, which reads slices of one product without a copy.
+    """SiLU(gate) ∘ up. On a GPU one kernel, which reads slices of one product without a copy, and one for gradients.
 
     Args:
         gate, up: `[B, T, F]`, any floating dtype.
         backend: `"auto"`, `"reference"`, `"torch"` or `"triton"`.
 
     Returns:
-        `[B, T, F]` in up's dtype.
+        `[B, T, F]` in up's dtype; differentiable to any order.
 
     Raises:
         ShapeError: shapes or devices that do not fit.
         BackendUnavailable: a backend that was named and cannot serve.
 
     Cost:
-        Two reads and one write of B·T·F numbers.
+        Two reads and one write of B·T·F numbers; backward three and two, of what was given alone.
 
     Source:
         Shazeer 2020, arXiv 2002.05202.
@@ -36,8 +35,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str = "auto") -> Tensor:
     contract = Contract("swiglu")
     contract.tensor("gate", gate, "B T F")
     contract.tensor("up", up, "B T F")
-    with torch.no_grad():
-        out: Tensor = resolve("swiglu", backend, (gate, up))(gate, up)
+    out: Tensor = resolve("swiglu", backend, (gate, up))(gate, up)
     return out
 
 
@@ -46,4 +44,10 @@ def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(up.dtype)
 
 
-register("swiglu", reference=swiglu_torch, torch=swiglu_torch, triton="farspan.ops.swiglu.triton:swiglu_triton")
+register(
+    "swiglu",
+    reference=swiglu_torch,
+    torch=swiglu_torch,
+    triton="farspan.ops.swiglu.triton:swiglu_triton",
+    triton_limits=no_double,
+)
