@@ -31,7 +31,7 @@ KINDS |= dict.fromkeys(("cos", "sin", "dq_norm", "dk_norm"), "*fp32")
 NARROW = {"G": 8, "SHARED": 2, "K": 64, "V": 64, "R": 64, "NORMED": True, "BK": 64, "BV": 64}
 WIDE = {"G": 8, "SHARED": 1, "K": 128, "V": 128, "R": 128, "NORMED": True, "BK": 128, "BV": 128}
 TILES = {"Q": 2, "QB": 16, "DOT": tl.bfloat16, "PRECISION": "ieee"}
-ROW = {"D": 1024, "BT": 1, "BD": 1024, "BM": 1, "OFFSET": True, "EXPONENTIAL": True, "LARGEST": 80.0}
+ROW = {"D": 1024, "BT": 1, "BD": 1024, "HEADS": 1, "BM": 1, "OFFSET": True, "EXPONENTIAL": True, "LARGEST": 80.0}
 TURNED = {"K": 128, "INTERLEAVED": False, "BT": 16, "HB": 4, "BK": 128}
 KERNELS = {
     "take in": (take_in_kernel, NARROW | {"BR": 2, "BS": 2048}),
@@ -41,7 +41,7 @@ KERNELS = {
     "norm and rotation": (normed_kernel, TURNED),
     "gradient of norm and rotation": (normed_gradient_kernel, TURNED),
     "scores of a step": (scores_kernel, ROW),
-    "scores": (scores_kernel, ROW | {"BT": 4, "BD": 128, "BM": 8}),
+    "scores": (scores_kernel, ROW | {"BT": 8, "BD": 128, "HEADS": 8, "BM": 8}),
 }
 
 

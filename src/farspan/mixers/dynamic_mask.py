@@ -120,6 +120,7 @@ class DynamicMaskMixer(Mixer):
         "dynamic_mask_attention",
         "dynamic_mask_scores",
         "dynamic_mask_step",
+        "normed_rotary_pair",
         "rotary_pair",
     )
     joint_projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")

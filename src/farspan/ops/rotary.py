@@ -43,7 +43,8 @@ def rotary_pair(
 ) -> tuple[Tensor, Tensor]:
     """`apply_rotary` of queries and keys at the same places; on a GPU one kernel forward and one backward.
 
-    With norms, x / sqrt(mean(x²) + eps) · w over the channels comes first, in the same kernels where all are rotated.
+    With norms, x / sqrt(mean(x²) + eps) · w over the channels comes first; `backend="triton"` does both in one pass
+    where all channels are rotated.
 
     Args:
         q, k: `[B, T, H, K]` and `[B, T, G, K]`.
@@ -77,27 +78,29 @@ def rotary_pair(
     contract.tensor("sin", sin, "B T r/2")
     if 2 * cos.shape[-1] > q.shape[-1]:
         raise ShapeError(f"rotary_pair: r={2 * cos.shape[-1]} channels cannot be rotated of K={q.shape[-1]}.")
-    for norm in norms or ():
+    if norms is None:
+        turned: tuple[Tensor, Tensor] = resolve("rotary_pair", backend, (q, k))(q, k, cos, sin, interleaved)
+        return turned
+    for norm in norms:
         contract.tensor("norms", norm, "K")
-    implementation = resolve("rotary_pair", backend, (q, k))
+    part = "the kernels of norms rotate all channels" if 2 * cos.shape[-1] < q.shape[-1] else None
+    implementation = resolve("normed_rotary_pair", backend, (q, k), beyond_kernels=part)
     with without_autocast(q):
-        turned: tuple[Tensor, Tensor] = implementation(q, k, cos, sin, interleaved, norms, norm_eps)
-    return turned
+        normed_pair: tuple[Tensor, Tensor] = implementation(q, k, cos, sin, norms, norm_eps, interleaved)
+    return normed_pair
 
 
-def rotary_pair_torch(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    interleaved: bool,
-    norms: tuple[Tensor, Tensor] | None = None,
-    norm_eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
+def rotary_pair_torch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """One after the other; arguments as `rotary_pair`."""
-    if norms is not None:
-        q, k = (normed(x, w, norm_eps) for x, w in zip((q, k), norms, strict=True))
     return apply_rotary(q, cos, sin, interleaved), apply_rotary(k, cos, sin, interleaved)
+
+
+def normed_rotary_pair_torch(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norms: tuple[Tensor, Tensor], norm_eps: float, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """First the norms, then `rotary_pair`; arguments as there."""
+    q, k = (normed(x, w, norm_eps) for x, w in zip((q, k), norms, strict=True))
+    return rotary_pair(q, k, cos, sin, interleaved=interleaved)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -112,4 +115,12 @@ register(
     torch=rotary_pair_torch,
     triton="farspan.ops.rotary_triton:rotary_pair_triton",
     triton_limits=no_double,
+)
+register(
+    "normed_rotary_pair",
+    reference=normed_rotary_pair_torch,
+    torch=normed_rotary_pair_torch,
+    triton="farspan.ops.rotary_norm_triton:normed_rotary_pair_triton",
+    triton_limits=no_double,
+    automatic=False,
 )

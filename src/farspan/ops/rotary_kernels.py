@@ -10,6 +10,7 @@ def _channels(p, o, m, p_weight, b_times, NORMED: tl.constexpr):
     b = tl.load(p + o, mask=m, other=0).to(tl.float32)
     if NORMED:
         b = b * b_times * tl.load(p_weight + o, mask=m, other=0).to(tl.float32)
+        b = b.to(p.dtype.element_ty).to(tl.float32)
     return b
 
 
@@ -21,7 +22,7 @@ def rotated(
     """Channels `o` (those in `m`) of the vector at `p`, the first R of them rotated; all of them float32.
 
     `p_cos` and `p_sin` are R/2 numbers each. Pairs are (j, j + R/2), or (2j, 2j + 1) with `INTERLEAVED`; R = 0 rotates
-    nothing. `NORMED`, the vector is multiplied by `b_times` and a weight per channel first.
+    nothing. `NORMED`, the vector is multiplied by `b_times` and a weight per channel first, and rounded.
     """
     b = _channels(p, o, m, p_weight, b_times, NORMED)
     if R > 0:

@@ -14,7 +14,17 @@ from farspan.ops.rotary_norm_kernels import normed_gradient_kernel, normed_kerne
 BLOCK, HEADS = 16, 4
 
 
-class NormedRotation(torch.autograd.Function):
+def normed_rotary_pair_triton(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norms: tuple[Tensor, Tensor], norm_eps: float, interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """The kernels' form of `rotary_pair` with norms; arguments as there."""
+    tensors = (q.contiguous(), k.contiguous(), *(x.detach().float().contiguous() for x in (cos, sin)))
+    weights = (w.contiguous() for w in norms)
+    turned: tuple[Tensor, Tensor] = _NormedRotation.apply(*tensors, *weights, norm_eps, interleaved)
+    return turned
+
+
+class _NormedRotation(torch.autograd.Function):
     """Queries and keys, normed and rotated; tables are constants."""
 
     @staticmethod

@@ -8,33 +8,16 @@ from torch import Tensor
 
 from farspan.ops._contract import plain_backward
 from farspan.ops._library import register_node
-from farspan.ops.rotary import normed
 from farspan.ops.rotary_kernels import rotate_kernel
-from farspan.ops.rotary_norm_triton import NormedRotation
 
 # Rows and heads of a program.
 BLOCK, HEADS = 16, 4
 
 
-def rotary_pair_triton(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    interleaved: bool,
-    norms: tuple[Tensor, Tensor] | None = None,
-    norm_eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
-    """The kernels' form of `rotary_pair`; arguments as there."""
-    if norms is not None and 2 * cos.shape[-1] < q.shape[-1]:
-        q, k = (normed(x, w, norm_eps) for x, w in zip((q, k), norms, strict=True))
-        norms = None
-    tensors = (q.contiguous(), k.contiguous(), *(x.detach().float().contiguous() for x in (cos, sin)))
-    turned: tuple[Tensor, Tensor]
-    if norms is None:
-        turned = _Rotation.apply(*tensors, interleaved)
-    else:
-        turned = NormedRotation.apply(*tensors, *(w.contiguous() for w in norms), norm_eps, interleaved)
+def rotary_pair_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The kernel's form of `rotary_pair`; arguments as there."""
+    cos, sin = (x.detach().float().contiguous() for x in (cos, sin))
+    turned: tuple[Tensor, Tensor] = _Rotation.apply(q.contiguous(), k.contiguous(), cos, sin, interleaved)
     return turned
 
 
