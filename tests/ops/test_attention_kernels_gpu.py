@@ -138,6 +138,22 @@ def test_rotation_matches_the_formula(
     assert_same(results(whole, x), results(op, x), tolerances.BFLOAT16 / 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(("heads", "groups", "width"), [(16, 4, 64), (3, 1, 40), (5, 5, 128)])
+def test_norm_and_rotation_match_the_formula(heads: int, groups: int, width: int, dtype: torch.dtype) -> None:
+    x = normal(dtype, q=(2, 333, heads, width), k=(2, 333, groups, width))
+    x |= {"a": torch.rand(width, device="cuda").to(dtype), "b": torch.randn(width, device="cuda")}
+    cos, sin = (y.float().cuda() for y in table(torch.arange(333).expand(2, -1), width))
+
+    def op(q: Tensor, k: Tensor, a: Tensor, b: Tensor, backend: str = "triton") -> Tensor:
+        return torch.cat(rotary_pair(q, k, cos, sin, norms=(a, b), backend=backend), dim=2)
+
+    compare(op, x)
+    torch.compiler.reset()
+    whole = torch.compile(op, fullgraph=True, backend="aot_eager")
+    assert_same(results(whole, x), results(op, x), tolerances.BFLOAT16 / 2)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("heads", [(4, 2, 2), (3, 3, 1), (8, 2, 2), (2, 1, 2)], ids=str)
 @pytest.mark.parametrize(("queries", "keys", "width"), [(500, 500, 64), (100, 700, 32), (333, 333, 128)])
@@ -155,6 +171,25 @@ def test_dynamic_mask_with_padding_or_packed_matches_torch() -> None:
     x["bias"] = torch.randn(1, 600, 2, device="cuda")
     compare(partial(dynamic_mask_attention, keep=100, key_mask=torch.rand(1, 600, device="cuda") < 0.7), x)
     compare(partial(dynamic_mask_attention, keep=100, cu_seqlens=boundaries([250, 0, 1, 349]).cuda()), x)
+
+
+@pytest.mark.slow
+def test_dynamic_mask_counts_more_elements_than_32_bits() -> None:
+    """The last of so many rows is the row alone."""
+    if torch.cuda.get_device_properties(0).total_memory < 80 * 2**30:
+        pytest.skip("the card's memory is too small")
+    x = normal(torch.bfloat16, q=(1026, 2048, 16, 64), k=(1026, 2048, 8, 64), v=(1026, 2048, 8, 64))
+    x["bias"] = torch.randn(1026, 2048, 8, device="cuda")
+    weight = torch.randn(2048, 16, 64, device="cuda").bfloat16()
+
+    def last(x: Named) -> list[Tensor]:
+        leaves = {name: tensor.requires_grad_() for name, tensor in x.items()}
+        out = dynamic_mask_attention(**leaves, keep=512, backend="triton")
+        out.backward(weight.expand_as(out))
+        return [out.detach()[-1].clone(), *(tensor.grad[-1].clone() for tensor in leaves.values())]
+
+    alone = last({name: tensor[-1:].clone() for name, tensor in x.items()})
+    assert all(torch.equal(a, b) for a, b in zip(last(x), alone, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["random", "tied", "rising", "falling"])
