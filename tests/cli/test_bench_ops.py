@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from farspan.cli.main import main
+from farspan.evaluation import op_speed as op_speed_module
 from farspan.evaluation import op_tune
 from farspan.evaluation.op_cases import CASES, chosen
 from farspan.evaluation.op_speed import OpSpeed, cold_first_call, op_speed
@@ -81,6 +82,12 @@ def test_a_cold_first_call_is_that_of_another_process() -> None:
     assert 0 < cold_first_call("softmax", 1, 8, torch.float32, CPU) < 60
     with pytest.raises(RuntimeError, match="KeyError: 'unknown'"):
         cold_first_call("unknown", 1, 8, torch.float32, CPU)
+
+
+def test_a_process_that_dies_without_a_word_is_told_by_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_speed_module, "_FIRST_CALL", "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(RuntimeError, match="the first call in a new process failed: it ended with code -9"):
+        cold_first_call("softmax", 1, 8, torch.float32, CPU)
 
 
 @pytest.mark.parametrize("name", ["ops_gpu", "attention_gpu"])

@@ -132,7 +132,7 @@ def cold_first_call(name: str, rows: int, tokens: int, dtype: torch.dtype, devic
     """`first_call` in a new process whose Triton cache is empty; imports and the device's start are not counted.
 
     Raises:
-        RuntimeError: the process failed; with the last line that it wrote.
+        RuntimeError: the process failed; with the last line that it wrote, or its exit code if it wrote none.
     """
     arguments = [name, str(rows), str(tokens), str(dtype).removeprefix("torch."), str(device)]
     with tempfile.TemporaryDirectory() as cache:
@@ -140,7 +140,8 @@ def cold_first_call(name: str, rows: int, tokens: int, dtype: torch.dtype, devic
         command = [sys.executable, "-c", _FIRST_CALL, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"the first call in a new process failed: {(done.stderr.split(chr(10)) or [''])[-2]}")
+        said = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
+        raise RuntimeError(f"the first call in a new process failed: {said[-1]}")
     return float(done.stdout.split()[-1])
 
 
