@@ -58,6 +58,12 @@ def test_gated_linear_matches_torch(dtype: torch.dtype, decay: str, widths: tupl
     compare(partial(gated_linear_attention, output_final_state=True), x, tolerance)
 
 
+@pytest.mark.parametrize("decay", ["head", "channel", "extreme"])
+def test_sequences_of_one_segment_match_torch(decay: str) -> None:
+    x = on_gpu(test_gated_linear.make(100, decay, heads=3, width=64, value_width=128), torch.bfloat16)
+    compare(partial(gated_linear_attention, output_final_state=True), x, 2 * tolerances.BFLOAT16)
+
+
 @pytest.mark.parametrize("lengths", [[700, 0, 1, 64, 1300, 63], [0, 0, 65]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_documents_match_torch(dtype: torch.dtype, lengths: list[int]) -> None:

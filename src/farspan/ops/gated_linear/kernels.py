@@ -162,9 +162,14 @@ def prepare_kernel(
         tl.store(u + row + o_t * H, tl.sum(b_q * b_k * b_w[None, :], axis=1), mask=m_t)
     b_q *= scale
     if DECAY != 0:
-        is_first = (o_t == 0)[:, None]
-        b_first = tl.sum(tl.where(is_first, b_g, 0.0), axis=0)
-        b_half = -0.5 * tl.sum(tl.where(is_first, 0.0, b_g), axis=0)
+        # Read again, the first row takes less time than to be found among those of all threads.
+        once = tl.zeros([1, 1], tl.int32)
+        _, _, b_first = key_and_decay(
+            k, gate, row, once, o_k[None, :], once == 0, (o_k < K)[None, :], tau, H, K, DECAY, FAST
+        )  # fmt: skip
+        b_first = tl.sum(b_first, axis=0)
+        b_after = tl.where((o_t == 0)[:, None], 0.0, b_g)
+        b_half = -0.5 * tl.sum(b_after, axis=0)
         p_c = (i_c.to(tl.int64) * H + i_h) * K + o_k
         tl.store(centre + p_c, b_first - b_half, mask=o_k < K)
         tl.store(half + p_c, b_half, mask=o_k < K)
@@ -172,7 +177,7 @@ def prepare_kernel(
             b_q *= exp(cumsum(b_g, False, BT, FAST, PART), FAST)
             b_k *= exp(cumsum(b_g, True, BT, FAST, PART, True), FAST)
         else:
-            b_offset = cumsum(tl.where(is_first, 0.0, b_g), False, BT, FAST, PART) + b_half[None, :]
+            b_offset = cumsum(b_after, False, BT, FAST, PART) + b_half[None, :]
             b_q *= exp(b_offset, FAST)
             b_k *= exp(-b_offset, FAST)
     tl.store(q_tilde + row * K + o_x, b_q.to(q_tilde.dtype.element_ty), mask=mask)
