@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from farspan.models.decoding import decode
 from farspan.nn.joint import joined
 from tests.models.conftest import tiny
 
@@ -58,3 +59,25 @@ def test_an_error_inside_separates_them_too() -> None:
     with pytest.raises(KeyError), joined(model):
         raise KeyError
     assert all(getattr(module, "joint", None) is None for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "mix", ["softmax", "metala", "collinear_strict", "cosine_gpt", "dilated_xpos", "dynamic_mask_query"]
+)
+def test_a_model_trains_while_a_text_is_open(mix: str) -> None:
+    model, ids = tiny(mix), torch.randint(1, 61, (2, 9))
+    model(ids, labels=ids).loss.backward()
+    want = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    steps = decode(model, ids, max_new_tokens=5)
+    next(steps), next(steps)
+    assert any(getattr(module, "joint", None) is not None for module in model.modules())
+    model(ids, labels=ids).loss.backward()
+    for parameter, gradient in zip(model.parameters(), want, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+        changed = model(ids).logits
+        steps.close()
+        torch.testing.assert_close(changed, model(ids).logits, atol=1e-5, rtol=1e-4)

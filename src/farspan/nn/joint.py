@@ -30,6 +30,9 @@ class Joint:
                 for linear in linears
             ]
             self._bias = torch.cat(biases)
+            for linear, part in zip(linears, self._bias.split(self._sizes), strict=True):
+                if linear.bias is not None:
+                    linear.bias.data = part
         for linear, part in zip(linears, self._weight.split(self._sizes), strict=True):
             linear.weight.data = part
 
@@ -38,14 +41,18 @@ class Joint:
         return F.linear(x, self._weight, self._bias).split(self._sizes, dim=-1)
 
     def undo(self) -> None:
-        """Gives every map a weight of its own again."""
+        """Gives every map parameters of its own again."""
         for linear in self._linears:
-            linear.weight.data = linear.weight.data.clone()
+            for parameter in linear.parameters(recurse=False):
+                parameter.data = parameter.data.clone()
 
 
 def projected(module: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """What each map that a module names in `joint_projections` gives for `[..., D]`, by one product where joined."""
-    if module.joint is not None:
+    """What each map that a module names in `joint_projections` gives for `[..., D]`, by one product where joined.
+
+    With gradients the maps run by themselves: theirs are the parameters, and a text may still be open.
+    """
+    if module.joint is not None and not torch.is_grad_enabled():
         parts: tuple[Tensor, ...] = module.joint(x)
         return parts
     return tuple(getattr(module, name)(x) for name in module.joint_projections)
