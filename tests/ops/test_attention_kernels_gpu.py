@@ -81,9 +81,10 @@ def test_dilated_with_rotations_or_detached_matches_torch(detach: bool) -> None:
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("width", [16, 64])
-@pytest.mark.parametrize("kind", ["bias", "packed", "detached", "turned"])
+@pytest.mark.parametrize("kind", ["bias", "packed", "detached", "turned", "uneven"])
 def test_dilated_rows_match_torch(kind: str, width: int, causal: bool, dtype: torch.dtype) -> None:
-    x = normal(dtype, q=(1, 700, 4, width), k=(1, 700, 2, width), v=(1, 700, 2, width))
+    values = width // 2 if kind == "uneven" else width
+    x = normal(dtype, q=(1, 700, 4, width), k=(1, 700, 2, width), v=(1, 700, 2, values))
     options: dict[str, object] = {"causal": causal, "head_offset": "block" if causal else "mod"}
     if kind != "packed":
         x["distance_bias"] = torch.randn(4, 1399, device="cuda")

@@ -4,9 +4,9 @@ import triton
 from torch import Tensor
 
 from farspan.ops._launch_step import dense_rows
-from farspan.ops.collinear.step_kernels import collinear_kernel, collinear_lanes_kernel
+from farspan.ops.collinear.step_kernels import collinear_kernel
 from farspan.ops.softmax.step import Ring
-from farspan.ops.softmax.step_triton import Split, lanes
+from farspan.ops.softmax.step_triton import Split
 
 
 def collinear_attention_step_triton(
@@ -23,10 +23,7 @@ def collinear_attention_step_triton(
     """The kernels' form of `collinear_attention_step`; arguments as there."""
     q, t, v = (dense_rows(x) for x in (q, t, v))
     split = Split(q, ring, v.dtype)
-    alone = q.shape[2] == t.shape[2]
-    kernel = collinear_lanes_kernel if alone else collinear_kernel
-    constants = split.sizes | {"BT": lanes(v.shape[-1]), "STAGES": 1, "num_warps": 4} if alone else split.constants
-    kernel[split.grid](
+    collinear_kernel[split.grid](
         q,
         t,
         v,
@@ -43,6 +40,6 @@ def collinear_attention_step_triton(
         R=2 * len(frequencies),
         STRICT=form == "strict",
         BJ=max(16, triton.next_power_of_2(q.shape[-1] // 2)),
-        **constants,
+        **split.constants,
     )
     return split.merge()

@@ -99,23 +99,21 @@ class Split(Stretches):
         # What is not there is stood for by something; it is never read.
         mask = self.stats if ring.mask is None else ring.mask.view(torch.uint8)
         self.tensors = ring.keys, ring.values, mask, ring.filled, self.sums, self.stats
-        self.sizes: dict[str, Any] = {"G": groups, "K": q.shape[-1], "V": width, "MASKED": ring.mask is not None}
-        self.sizes["BV"] = max(16, triton.next_power_of_2(width))
         dot = tl.float32 if INTERPRETED else DOTS.get(ring.keys.dtype, tl.float32)
-        self.constants: dict[str, Any] = self.sizes | {
+        self.constants: dict[str, Any] = {
+            "G": groups,
             "Q": self.heads // groups,
+            "K": q.shape[-1],
+            "V": width,
+            "MASKED": ring.mask is not None,
             "QB": max(16, triton.next_power_of_2(self.heads // groups)),
             "BT": BLOCK if max(q.shape[-1], width) <= 128 and dot is not tl.float32 else BLOCK // 2,
+            "BV": max(16, triton.next_power_of_2(width)),
             "DOT": dot,
             "PRECISION": "ieee",
             "num_warps": 4,
             "num_stages": 3,
         }
-
-
-def lanes(width: int) -> int:
-    """Slots that programs which multiply no matrices take at a time, for values of so many channels."""
-    return max(8, 4096 // triton.next_power_of_2(width))
 
 
 @functools.cache
