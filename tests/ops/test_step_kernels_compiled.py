@@ -19,6 +19,8 @@ from triton.compiler import ASTSource, compile
 from farspan.ops._launch_step import step_warps
 from farspan.ops.collinear.step_kernels import collinear_kernel
 from farspan.ops.cosine.step_kernels import step_kernel as cosine
+from farspan.ops.dilated.step_kernels import live_kernel
+from farspan.ops.dilated.step_triton import lanes
 from farspan.ops.metala.step_kernels import step_kernel as metala
 from farspan.ops.short_convolution import kernels as convolutions
 from farspan.ops.short_convolution.step_kernels import step_kernel as convolution
@@ -34,7 +36,8 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 SPILLED_BYTES = 128
 WHOLE = {
     "p_count": "*i64", "p_positions": "*i64", "p_filled": "*i32", "p_mask": "*u8",
-    "p_start": "*i32", "p_sequence": "*i32", "p_sums": "*fp32",
+    "p_seen": "*i64", "p_slots": "*i64", "p_heads": "*i64", "p_start": "*i32", "p_sequence": "*i32",
+    "p_sums": "*fp32",
 }  # fmt: skip
 FLOATS = {"scale", "rotary_scale", "tau", "eps", "low", "high"}
 FLOAT32 = {"p_state", "p_cos", "p_sin", "p_exponent", "p_a", "p_d", "p_bias", "p_w", "p_parts", "p_stats", "p_theta"}
@@ -42,6 +45,7 @@ STATE = {"H": 16, "K": 64, "V": 128, "BK": 64, "BV": 128}
 TAPS = dict(zip(("biased", "silu", "state", "packed", "even"), (True,) * 5, strict=True))
 FLAGS = {"OWN_KEY": False, "AUGMENT": True, "INSIDE": True, "NORMALIZE": True, "GATED": True}
 SLOTS = {"G": 4, "Q": 4, "MASKED": True, "QB": 16, "BT": BLOCK, "DOT": tl.bfloat16, "PRECISION": "ieee"}
+LIVE = {"H": 16, "Q": 4, "BIAS": True, "SEGMENTS": (2048, 8192, 32768), "DILATIONS": (1, 4, 12)}
 KERNELS = {
     "metala": (metala, STATE | FLAGS),
     "cosine": (cosine, STATE | {"R": 64, "INTERLEAVED": True, "COUNTED": True, "BY_QUERY": False}),
@@ -59,6 +63,7 @@ KERNELS = {
     "wide softmax": (attend_kernel, SLOTS | {"K": 128, "V": 128, "R": 32, "INTERLEAVED": True, "BK": 128, "BV": 128}),
     "collinear": (collinear_kernel, SLOTS | {"K": 64, "V": 64, "R": 64, "STRICT": False, "BJ": 32, "BV": 64}),
     "wide collinear": (collinear_kernel, SLOTS | {"K": 128, "V": 128, "R": 64, "STRICT": True, "BJ": 64, "BV": 128}),
+    "dilated": (live_kernel, LIVE | {"K": 64, "V": 64, "R": 64, "BT": lanes(64), "BK": 64, "BV": 64}),
     "merge": (merge_kernel, {"H": 16, "V": 128, "BS": 16, "BV": 128}),
 }
 
@@ -73,8 +78,12 @@ def compiled(kernel: Any, values: dict[str, Any], architecture: int, warps: int)
         elif not name.startswith("p_"):
             signature[name] = "i32"
         else:
-            signature[name] = WHOLE.get(name, "*fp32" if name in FLOAT32 else "*bf16")
-    attributes = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+            kind = WHOLE.get(name, "*fp32" if name in FLOAT32 else "*bf16")
+            listed = "SEGMENTS" in values and name in ("p_keys", "p_values")
+            signature[name] = (kind,) * 3 if listed else kind
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if str(kind).startswith("*")
+    }
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
     return compile(source, GPUTarget("cuda", architecture, 32), {"num_warps": warps})
 
@@ -83,7 +92,7 @@ def compiled(kernel: Any, values: dict[str, Any], architecture: int, warps: int)
 @pytest.mark.parametrize("name", KERNELS)
 def test_step_compiles(name: str, architecture: int, tmp_path: Path) -> None:
     kernel, values = KERNELS[name]
-    warps = step_warps(values["BK"], values["BV"]) if "BK" in values and "QB" not in values else 4
+    warps = step_warps(values["BK"], values["BV"]) if "BK" in values and "BT" not in values else 4
     binary = compiled(kernel, values, architecture, warps)
     assert binary.metadata.shared <= SHARED_MEMORY[architecture]
     path = tmp_path / "kernel.cubin"
