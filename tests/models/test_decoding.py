@@ -19,6 +19,7 @@ STEPPING = [
     "hybrid",
     "hybrid_parallel",
     "dilated",
+    "dilated_xpos",
     "dynamic_mask",
     "dynamic_mask_query",
 ]
