@@ -1,9 +1,12 @@
 """What operators refuse, in which words; which backend serves; the helpers for packed documents."""
 
 import ast
+import contextlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -85,7 +88,7 @@ def test_kernels_are_chosen_only_where_they_serve(monkeypatch: pytest.MonkeyPatc
     assert _backend.resolve("op", "reference", [Q, None]) is min
     monkeypatch.setattr(_backend, "triton_reason", lambda op, tensors=(): None)
     assert _backend.resolve("op", "auto", [Q]) is max  # a CPU tensor
-    assert _backend.resolve("op", "triton", [Q]) is sum
+    assert _backend.resolve("op", "triton", [Q]).__wrapped__ is sum
 
 
 def test_gradients_ask_once_for_what_was_kept() -> None:
@@ -157,6 +160,24 @@ def test_kernels_that_have_to_be_named_are_not_taken_by_themselves(monkeypatch: 
     monkeypatch.setattr(_backend, "triton_reason", lambda *_: None)
     for name, automatic in (("proved", True), ("unproved", False)):
         _backend.register(name, reference=plain, torch=plain, triton="farspan.errors:nearest", automatic=automatic)
-    assert _backend.resolve("proved", "auto", [OnGpu()]) is nearest
+    assert _backend.resolve("proved", "auto", [OnGpu()]).__wrapped__ is nearest
     assert _backend.resolve("unproved", "auto", [OnGpu()]) is plain
-    assert _backend.resolve("unproved", "triton", [OnGpu()]) is nearest
+    assert _backend.resolve("unproved", "triton", [OnGpu()]).__wrapped__ is nearest
+
+
+def test_kernels_start_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+
+    @contextlib.contextmanager
+    def device_of(tensor: Any) -> Iterator[None]:
+        events.append(tensor)
+        yield
+        events.append("left")
+
+    for part in ("_implementations", "_kernels"):
+        monkeypatch.setattr(_backend, part, {})
+    monkeypatch.setattr(_backend, "triton_reason", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    _backend.register("op", reference=min, torch=max, triton="operator:add")
+    assert _backend.resolve("op", "triton", [Q])(3, 4) == 7
+    assert events == [3, "left"]

@@ -4,6 +4,7 @@ Each operator registers its implementations by name when its `api` module is imp
 the tensors alone: no environment variable, no query at import time, no silent fallback when a backend was named.
 """
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -149,4 +150,17 @@ def _load(op: str) -> None:
     kernels = _kernels[op]
     if kernels.function is None:
         module, _, function = kernels.place.partition(":")
-        kernels.function = getattr(importlib.import_module(module), function)
+        kernels.function = _on_its_device(getattr(importlib.import_module(module), function))
+
+
+def _on_its_device(function: Implementation) -> Implementation:
+    """Lets kernels start on the device of the first tensor: Triton takes the current one, whatever it is given."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():  # which sees to it by itself
+            return function(*arguments, **options)
+        with torch.cuda.device_of(arguments[0]):
+            return function(*arguments, **options)
+
+    return run
