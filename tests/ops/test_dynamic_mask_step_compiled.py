@@ -34,8 +34,9 @@ TILES = {"Q": 2, "QB": 16, "DOT": tl.bfloat16, "PRECISION": "ieee"}
 ROW = {"D": 1024, "BT": 1, "BD": 1024, "HEADS": 1, "BM": 1, "OFFSET": True, "EXPONENTIAL": True, "LARGEST": 80.0}
 TURNED = {"K": 128, "INTERLEAVED": False, "BT": 16, "HB": 4, "BK": 128}
 KERNELS = {
-    "take in": (take_in_kernel, NARROW | {"BR": 2, "BS": 2048}),
+    "take in": (take_in_kernel, NARROW | {"BR": 2, "BS": 1024}),
     "wide take in": (take_in_kernel, WIDE | {"BR": 1, "BS": 2048}),
+    "take in for many": (take_in_kernel, WIDE | {"SHARED": 16, "BR": 16, "BS": 128}),
     "attention": (live_kernel, NARROW | TILES | {"BT": 128}),
     "wide attention": (live_kernel, WIDE | TILES | {"BT": 64}),
     "norm and rotation": (normed_kernel, TURNED),

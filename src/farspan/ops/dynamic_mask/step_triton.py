@@ -11,7 +11,7 @@ from farspan.ops.dynamic_mask.step_kernels import live_kernel, take_in_kernel
 from farspan.ops.softmax.step import Ring
 from farspan.ops.softmax.step_triton import Split
 
-# Slots that are looked at together, and numbers of keys of a tile.
+# Rankings that are looked at together, and numbers of keys of a tile.
 SLOTS, TILE = 2048, 8192
 
 
@@ -63,7 +63,7 @@ def dynamic_mask_step_triton(
         k.stride(0),
         v.stride(0),
         BR=triton.next_power_of_2(sharing),
-        BS=SLOTS,
+        BS=max(16, SLOTS // triton.next_power_of_2(sharing)),
         num_warps=4,
         **sizes,
     )
