@@ -19,6 +19,8 @@ from triton.compiler import ASTSource, compile
 from farspan.ops._launch_step import step_warps
 from farspan.ops.collinear.step_kernels import collinear_kernel
 from farspan.ops.cosine.step_kernels import step_kernel as cosine
+from farspan.ops.cross_entropy.kernels import cross_entropy_kernel
+from farspan.ops.cross_entropy.triton import FORMS as CROSS_ENTROPY
 from farspan.ops.dilated.step_kernels import live_kernel
 from farspan.ops.dilated.step_triton import lanes
 from farspan.ops.metala.step_kernels import step_kernel as metala
@@ -37,7 +39,7 @@ SPILLED_BYTES = 128
 WHOLE = {
     "p_count": "*i64", "p_positions": "*i64", "p_filled": "*i32", "p_mask": "*u8",
     "p_seen": "*i64", "p_slots": "*i64", "p_heads": "*i64", "p_start": "*i32", "p_sequence": "*i32",
-    "p_sums": "*fp32",
+    "p_sums": "*fp32", "p_labels": "*i64", "p_nll": "*fp32",
 }  # fmt: skip
 FLOATS = {"scale", "rotary_scale", "tau", "eps", "low", "high"}
 FLOAT32 = {"p_state", "p_cos", "p_sin", "p_exponent", "p_a", "p_d", "p_bias", "p_w", "p_parts", "p_stats", "p_theta"}
@@ -57,6 +59,7 @@ KERNELS = {
     "short_convolution": (convolution, {"W": 4, "BW": 4, "BD": 256, "BIASED": True, "SILU": True}),
     "convolution of sequences": (convolutions.convolution_kernel, convolution_constants(4, **TAPS)),
     "gradient of convolution": (convolutions.gradient_kernel, convolution_constants(4, **TAPS, gradient=True)),
+    "cross entropy": (cross_entropy_kernel, CROSS_ENTROPY[True, True]),
     "swiglu": (products.swiglu_kernel, {"BF": 512}),
     "gradient of swiglu": (products.gradient_kernel, {"BF": 512}),
     "softmax": (attend_kernel, SLOTS | {"K": 64, "V": 64, "R": 64, "INTERLEAVED": False, "BK": 64, "BV": 64}),
