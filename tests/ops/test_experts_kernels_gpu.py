@@ -56,3 +56,17 @@ def test_two_hundred_launches_give_the_same_bits(busy: float) -> None:
         torch.mm(other, other)
         again = experts(x, ids, "triton")
         assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_tokens_and_tables_of_two_dtypes() -> None:
+    """Tokens in bfloat16 and tables in float32, as under autocast: no less exact than PyTorch, which widens tokens."""
+    x = {name: torch.randn(shape, device="cuda") for name, shape in {"x": (300, 1024), "weights": (300, 64)}.items()}
+    x |= {name: torch.randn(512, 1024, device="cuda") * 1024**-0.5 for name in ("down", "up")}
+    x["x"] = x["x"].bfloat16()
+    ids = torch.randint(512, (300, 64), device="cuda")
+    ours, theirs = (experts(x, ids, backend) for backend in ("triton", "torch"))
+    exact = experts(cast(x, torch.float64), ids, "torch")
+    for name, want in exact.items():
+        assert ours[name].dtype == theirs[name].dtype
+        error, same_dtype = ((t[name].double() - want).abs().max() for t in (ours, theirs))
+        assert error <= 2 * same_dtype + 1e-5 * want.abs().max(), f"{name}: {error:.3g}, PyTorch {same_dtype:.3g}"

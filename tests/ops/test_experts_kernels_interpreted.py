@@ -40,6 +40,18 @@ def test_kernels_match_the_reference(tokens: int, slots: int, experts: int, widt
     compare(make(tokens, slots, experts, width))
 
 
+@pytest.mark.parametrize("narrow", [("x",), ("down", "up")])
+def test_tokens_and_tables_of_two_dtypes(narrow: tuple[str, ...]) -> None:
+    tensors = make(9, 6, 5, 7, torch.float32)
+    tensors |= {name: tensors[name].half() for name in narrow}
+    want = gradients(lambda **t: retrieved_experts(**t, backend="reference"), tensors)
+    got = gradients(kernels.retrieved_experts_triton, tensors)
+    for name in want:
+        assert got[name].dtype == want[name].dtype
+        half = want[name].dtype == torch.float16
+        assert_close(got[name], want[name], tolerances.BFLOAT16 if half else tolerances.FLOAT32, name)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_and_their_slopes(activation: str) -> None:
     compare(make(3, 4, 5, 6), activation)

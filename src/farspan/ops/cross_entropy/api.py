@@ -78,5 +78,4 @@ register(
     torch=cross_entropy_torch,
     triton="farspan.ops.cross_entropy.triton:cross_entropy_triton",
     triton_limits=no_double,
-    automatic=False,
 )

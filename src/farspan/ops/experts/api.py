@@ -17,11 +17,11 @@ MOST_KEYS, MOST_CHOSEN, WIDEST = 1024, 256, 16384
 
 
 def too_wide(tensors: Sequence[Tensor]) -> str | None:
-    """Why the kernels of experts cannot serve these tensors, of which the last is a table; None if they can."""
-    table = tensors[-1]
-    if table.shape[1] * table.element_size() > WIDEST:
-        most = WIDEST // table.element_size()
-        return f"the kernels hold rows of at most D={most} numbers of {table.dtype}, not {table.shape[1]}"
+    """Why the kernels of experts cannot serve tokens, ..., and a table; None if they can."""
+    wider = max(tensors[0], tensors[-1], key=Tensor.element_size)
+    most = WIDEST // wider.element_size()
+    if wider.shape[1] > most:
+        return f"the kernels hold rows of at most D={most} numbers of {wider.dtype}, not {wider.shape[1]}"
     return no_double(tensors)
 
 

@@ -24,10 +24,10 @@ PIECE = 256
 def retrieved_experts_triton(
     x: Tensor, expert_ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, *, activation: str
 ) -> Tensor:
-    """See `retrieved_experts`."""
-    rows = (t.contiguous() for t in (x.to(down.dtype), expert_ids, weights, down, up))
+    """See `retrieved_experts`; tokens and tables are read in their dtypes, as float32."""
+    rows = (t.contiguous() for t in (x, expert_ids, weights, down, up))
     out: Tensor = _Experts.apply(*rows, activation)
-    return out.to(x.dtype)
+    return out
 
 
 class _Experts(torch.autograd.Function):
@@ -58,7 +58,7 @@ def _forward(
     results = _forward_room(x, ids, weights, down, up, activation)
     if ids.numel():
         with torch.cuda.device_of(x):
-            key = x.device, x.shape[1], ids.shape[1], activation, x.dtype, weights.dtype, up.dtype
+            key = x.device, x.shape[1], ids.shape[1], activation, *(t.dtype for t in (x, weights, down, up))
             compile_ahead(
                 ("experts", *key), lambda: _rehearse(x[:1], ids[:1], weights[:1], down[:1], up[:1], activation)
             )
@@ -80,7 +80,7 @@ def _forward_room(
     x: Tensor, ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     """Room for the outputs, and for the pre-activations `[blocks of channels, N, R]`, whose sums they are."""
-    return up.new_empty(x.shape), x.new_empty(_blocks(DOTS, x.shape[1]), *ids.shape, dtype=torch.float32)
+    return torch.empty_like(x), x.new_empty(_blocks(DOTS, x.shape[1]), *ids.shape, dtype=torch.float32)
 
 
 def _mix(coefficients: Tensor, hidden: Tensor, ids: Tensor, vectors: Tensor, out: Tensor, activation: str) -> None:
