@@ -29,10 +29,10 @@ from farspan.ops.experts import triton as bag_tiles
 pytestmark = pytest.mark.slow
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-SPILLED_BYTES = 256
-# It holds keys, values and both of their sums, and spills where a lane changes hands, most of all on an A100.
-EXCHANGING = {("lane gradient", 80): 640, ("lane gradient", 90): 320}
-EXCHANGING |= {("wide lane gradient", 80): 4352, ("wide lane gradient", 90): 768}
+SPILLED_BYTES = 128
+# Gradients of dynamic mask that spill more: they hold what they read, and both of their sums.
+SPILLING = {("query gradient", 80): 216, ("wide query gradient", 80): 144, ("lane gradient", 80): 200}
+SPILLING |= {("wide lane gradient", 90): 240}
 FLOAT32 = {"lses", "total", "base_lse", "cos", "sin", "bias", "lse", "delta", "dk", "dv", "d_bias", "line", "sums"}
 FLOAT32 |= {"hidden", "coefficients", "weights", "d_hidden", "d_weights", "sums"}
 TABLES = {"table", "expires", "ranks", "windows", "ends", "starts", "before", "offsets"}
@@ -163,6 +163,6 @@ def test_kernel_compiles(name: str, architecture: int, tmp_path: Path) -> None:
         values = {key: value for key, value in values.items() if key in kernel.arg_names}
     binary = compiled(kernel, values, architecture, warps, stages)
     assert binary.metadata.shared <= SHARED_MEMORY[architecture], f"{binary.metadata.shared} bytes shared"
-    assert stack_bytes(binary, tmp_path) <= EXCHANGING.get((name, architecture), SPILLED_BYTES)
+    assert stack_bytes(binary, tmp_path) <= SPILLING.get((name, architecture), SPILLED_BYTES)
     if multiplies and architecture == 90:
         assert "wgmma.mma_async" in binary.asm["ptx"], "no warp-group matrix instruction"

@@ -49,6 +49,9 @@ class RowSparseAdamW(torch.optim.AdamW):
         and TensorFlow's LazyAdam keep m and v as here, but count all steps in n: a row's first step is then shorter, or
         longer, the later it comes.
 
+    Source:
+        Loshchilov and Hutter 2019, arXiv 1711.05101, taken row by row.
+
     Example:
         >>> import torch
         >>> table = torch.nn.Parameter(torch.zeros(3, 2))
