@@ -36,6 +36,29 @@ def test_num_items_replaces_the_count() -> None:
     assert chunked_cross_entropy(hidden, weight, torch.full((6,), -100)) == 0
 
 
+def test_gradients_are_formed_only_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    node, needs = losses.head_loss_node, []
+
+    def spy(*arguments: object) -> tuple[torch.Tensor, ...]:
+        needs.append(arguments[-1])
+        return node(*arguments)
+
+    monkeypatch.setattr(losses, "head_loss_node", spy)
+    weight, labels = torch.randn(9, 4, requires_grad=True), torch.randint(0, 9, (6,))
+    for trains in (True, False):
+        with torch.set_grad_enabled(trains):
+            chunked_cross_entropy(torch.randn(6, 4), weight, labels)
+    assert needs == [[False, True, False], [False, False, False]]
+
+
+def test_a_second_derivative_is_refused() -> None:
+    hidden, weight = torch.randn(6, 4, requires_grad=True), torch.randn(9, 4)
+    loss = chunked_cross_entropy(hidden, weight, torch.randint(0, 9, (6,)))
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (loss + gradient.square().sum()).backward()
+
+
 def test_shapes_are_checked() -> None:
     with pytest.raises(ShapeError, match=r"labels"):
         chunked_cross_entropy(torch.randn(6, 4), torch.randn(9, 4), torch.zeros(5, dtype=torch.long))

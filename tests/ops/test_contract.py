@@ -14,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farspan.errors import BackendUnavailable, ConfigError, ShapeError, nearest
-from farspan.ops import _backend, availability, gated_linear_attention, metala_attention, varlen
+from farspan.ops import (
+    _backend,
+    availability,
+    gated_linear_attention,
+    metala_attention,
+    short_convolution,
+    varlen,
+)
 from tests.ops.checks import boundaries
 
 Q, V = torch.zeros(2, 6, 3, 4), torch.zeros(2, 6, 3, 5)
@@ -181,3 +188,11 @@ def test_kernels_start_on_the_device_of_their_tensors(monkeypatch: pytest.Monkey
     _backend.register("op", reference=min, torch=max, triton="operator:add")
     assert _backend.resolve("op", "triton", [Q])(3, 4) == 7
     assert events == [3, "left"]
+
+
+def test_a_second_derivative_is_refused_where_only_what_was_saved_shows_it() -> None:
+    x = torch.randn(1, 6, 3, requires_grad=True)
+    out, _ = short_convolution(x, torch.ones(3, 2))
+    (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)  # from ones, which need no gradient
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (out.sum() + gradient.square().sum()).backward()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from farspan.errors import ConfigError, ShapeError, nearest
 from farspan.nn.plain import is_plain
+from farspan.ops._contract import plain_backward
 from farspan.ops._library import register_node
 from farspan.ops.cross_entropy.api import cross_entropy_in_place
 
@@ -74,21 +75,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, dtype: torch.dtype, trains: bool
     ) -> Tensor:
-        needs = ctx.needs_input_grad[:3]
-        total, *grads = head_loss_node(hidden, weight, bias, labels, dtype, list(needs))
+        needs = [trains and need for need in ctx.needs_input_grad[:3]]
+        total, *grads = head_loss_node(hidden, weight, bias, labels, dtype, needs)
         ctx.save_for_backward(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
 
     @staticmethod
+    @plain_backward
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grads = [
             None if grad is None else (grad * grad_total).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
 
 def _head_loss(
@@ -170,7 +172,7 @@ def chunked_cross_entropy(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
-        total = _ChunkedCrossEntropy.apply(flat, weight, bias, targets, dtype)
+        total = _ChunkedCrossEntropy.apply(flat, weight, bias, targets, dtype, torch.is_grad_enabled())
     return total / (_scored(targets).clamp(min=1) if num_items is None else _divisor(num_items))
 
 

@@ -157,12 +157,22 @@ def without_autocast(tensor: Tensor) -> torch.autocast:
 
 
 def plain_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates the backward of an autograd function: no second derivative, and no autocast where it is called."""
+    """Decorates the backward of an autograd function: a second derivative raises, and nothing autocasts."""
 
+    @once_differentiable
     @functools.wraps(backward)
     def call(ctx: Any, *gradients: Tensor | None) -> Any:
         given = next(gradient for gradient in gradients if gradient is not None)
         with without_autocast(given):
             return backward(ctx, *gradients)
 
-    return once_differentiable(call)
+    @functools.wraps(backward)
+    def told(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # PyTorch refuses where a gradient is differentiated; that what was saved is, it does not see.
+            gradients = tuple(
+                gradient if gradient is None else gradient.detach().requires_grad_() for gradient in gradients
+            )
+        return call(ctx, *gradients)
+
+    return told
