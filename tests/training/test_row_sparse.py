@@ -50,6 +50,39 @@ def test_each_row_moves_as_under_adamw_over_the_steps_that_touched_it() -> None:
     assert torch.equal(table[0], start[0]) and len(sequence) == int(state["step"][1])
 
 
+def table_and_weight() -> tuple[nn.Parameter, nn.Parameter, RowSparseAdamW]:
+    table, weight = nn.Parameter(torch.zeros(3, 2)), nn.Parameter(torch.zeros(2))
+    return table, weight, RowSparseAdamW([{"params": [table], "row_sparse": True}, {"params": [weight]}], **OPTIONS)
+
+
+def test_a_scaled_loss_moves_tables_as_the_loss_itself_and_an_overflow_moves_nothing() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    table, weight, optimizer = table_and_weight()
+    scaler.scale(table[0].sum() + weight.sum() * torch.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not table.any() and not weight.any()
+    optimizer.zero_grad()
+    scaler.scale(1e-8 * (table[0].sum() + weight.sum())).backward()  # as small as eps, which a factor would show
+    scaler.step(optimizer)
+    torch.testing.assert_close(table[0].detach(), torch.full((2,), -0.005))
+    torch.testing.assert_close(weight.detach(), table[0].detach())
+
+
+def test_a_step_is_announced_once_and_a_failed_one_keeps_the_gradients() -> None:
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # whose class PyTorch then wraps
+    table, weight, optimizer = table_and_weight()
+    announced = []
+    optimizer.register_step_post_hook(lambda *_: announced.append(1))
+    table.grad, weight.grad = torch.ones(3, 2), torch.ones(2)
+    optimizer.step()
+    assert announced == [1]
+    optimizer.param_groups[1]["lr"] = torch.ones(2)  # no scalar
+    with pytest.raises((RuntimeError, ValueError)):
+        optimizer.step()
+    assert table.grad is not None and table.grad.all()
+
+
 def test_a_table_that_every_step_touches_moves_as_under_adamw() -> None:
     start, sequence = torch.randn(6, 4), torch.randn(30, 6, 4)
     (found, _), (want, _) = (

@@ -1,5 +1,6 @@
 """AdamW for large tables of which a step touches few rows."""
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -73,6 +74,7 @@ class RowSparseAdamW(torch.optim.AdamW):
         weight_decay: float = 1e-2,
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        self._step_supports_amp_scaling = False  # a GradScaler divides all gradients itself, those of tables too
         for table in (p for group in self.param_groups if group.get("row_sparse") for p in group["params"]):
             by_rows = not isinstance(table, DTensor) or all(
                 at.is_shard(0) or at.is_replicate() for at in table.placements
@@ -105,11 +107,14 @@ class RowSparseAdamW(torch.optim.AdamW):
             for table in group["params"]
             if table.grad is not None
         ]
-        for table, _, _ in tables:
-            table.grad = None  # AdamW passes over it
-        super().step()
+        try:
+            for table, _, _ in tables:
+                table.grad = None  # AdamW passes over it
+            inspect.unwrap(torch.optim.AdamW.step)(self)  # PyTorch wraps it in the hooks of this step
+        finally:
+            for table, gradient, _ in tables:
+                table.grad = gradient
         for table, gradient, group in tables:
-            table.grad = gradient
             state = self.state[table]
             if not state:
                 state["step"] = table[:, :0].sum(1, dtype=torch.float32)  # zeros, cut over ranks as the rows are
