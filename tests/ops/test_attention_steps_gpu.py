@@ -75,7 +75,7 @@ def test_softmax_step(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", ["slack", "strict"])
 @pytest.mark.parametrize(
-    ("heads", "groups", "width", "rotary"), [(4, 4, 64, 64), (8, 2, 128, 64), (3, 1, 40, 40), (3, 3, 40, 40)]
+    ("heads", "groups", "width", "rotary"), [(4, 4, 64, 64), (8, 2, 128, 64), (36, 12, 40, 40), (12, 12, 40, 40)]
 )
 @pytest.mark.parametrize(("slots", "written", "masked"), [(64, 0, False), (5000, 4097, True)])
 def test_collinear_step(
