@@ -65,7 +65,12 @@ ROTATED = {"K": 64, "R": 32, "BT": 16, "HB": 4, "BK": 64}
 BAGS = {"ACT": "silu", "PARTS": 2, "STRETCH": 32, "PIECE": 256}
 RANKED = {"BP": 128, "BA": 64, "BC": 512, "BK": 64}
 TILES = {"D": 64, "V": 64, "BD": 64, "BV": 64, "C": 64, "QB": 2, "DOT": tl.bfloat16, "PRECISION": "ieee"}
+TILES |= {"BN": 64, "BL": 64, "EXACT": True, "TURNED": False}
 WIDE = {"D": 128, "V": 128, "BD": 128, "BV": 128}
+# Exact products of float32 leave registers for fewer queries and keys.
+EXACT_TILES = TILES | {"C": 32, "BN": 32, "BL": 32, "QB": 1, "EXACT": False, "TURNED": True}
+EXACT_TILES |= {"DOT": tl.float32, "PRECISION": "tf32x3"}
+WIDE_EXACT_TILES = EXACT_TILES | WIDE | {"C": 16, "BN": 16, "BL": 16}
 ROWS = {"K": 64, "V": 64, "BK": 64, "BV": 64, "BM": 64, "BN": 64, "CAUSAL": True, "BIAS": True, "PRECISION": "ieee"}
 WIDE_ROWS = ROWS | {"K": 128, "V": 128, "BK": 128, "BV": 128}
 
@@ -80,8 +85,8 @@ def bags(kernel: Any, tile: tuple[int, ...]) -> tuple[Any, dict[str, Any], int, 
 KERNELS: dict[str, tuple[Any, dict[str, Any], int, int, bool]] = {
     "merge boxes": (dilated.merge_kernel, BOXES | {"BASE": 2048}, 4, 3, False),
     "sum boxes": (dilated.sum_kernel, BOXES, 4, 3, False),
-    "rows": (rows.attend_kernel, ROWS | {"BM": 128}, 8, 2, True),
-    "wide rows": (rows.attend_kernel, WIDE_ROWS | {"BM": 128, "BN": 32}, 8, 2, True),
+    "rows": (rows.attend_kernel, ROWS | {"BM": 128, "EXACT": True}, 8, 2, True),
+    "wide rows": (rows.attend_kernel, WIDE_ROWS | {"BM": 128, "BN": 32, "EXACT": True}, 8, 2, True),
     "rows query gradient": (rows.query_gradient_kernel, ROWS, 4, 2, True),
     "wide rows query gradient": (rows.query_gradient_kernel, WIDE_ROWS, 8, 2, True),
     "rows key gradient": (rows.key_gradient_kernel, ROWS, 4, 2, True),
@@ -110,32 +115,39 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], int, int, bool]] = {
     "hop": (expiry_kernels.hop_kernel, {"BX": 1024}, 4, 3, False),
     "birth": (expiry_kernels.birth_kernel, {"C": 64, "BX": 1024}, 4, 3, False),
     "newest": (expiry_kernels.newest_kernel, {"BM": 32, "BL": 64}, 4, 3, False),
-    "attend": (lanes.attend_kernel, TILES | {"BN": 64, "EXACT": True}, 4, 3, True),
-    "query gradient": (lanes.query_gradient_kernel, TILES | {"BN": 64, "EXACT": True}, 4, 2, True),
+    "attend": (lanes.attend_kernel, TILES, 4, 3, True),
+    "query gradient": (lanes.query_gradient_kernel, TILES, 4, 2, True),
     "own gradient": (lanes.own_gradient_kernel, TILES | {"QB": 1}, 4, 1, True),
-    "lane gradient": (lanes.lane_gradient_kernel, TILES | {"QB": 1, "BL": 64}, 4, 1, True),
-    "wide attend": (lanes.attend_kernel, TILES | WIDE | {"BN": 64, "EXACT": True}, 8, 3, True),
-    "wide query gradient": (lanes.query_gradient_kernel, TILES | WIDE | {"BN": 64, "EXACT": True}, 8, 2, True),
+    "lane gradient": (lanes.lane_gradient_kernel, TILES | {"QB": 1}, 4, 1, True),
+    "wide attend": (lanes.attend_kernel, TILES | WIDE, 8, 3, True),
+    "wide query gradient": (lanes.query_gradient_kernel, TILES | WIDE, 8, 2, True),
     "wide own gradient": (lanes.own_gradient_kernel, TILES | WIDE | {"QB": 1}, 8, 1, True),
-    "wide lane gradient": (lanes.lane_gradient_kernel, TILES | WIDE | {"QB": 1, "BL": 64}, 8, 1, True),
+    "wide lane gradient": (lanes.lane_gradient_kernel, TILES | WIDE | {"QB": 1}, 8, 1, True),
 }
+for wide, tiles in (("", EXACT_TILES), ("wide ", WIDE_EXACT_TILES)):
+    KERNELS |= {
+        f"{wide}float32 attend": (lanes.attend_kernel, tiles, 4, 3, False),
+        f"{wide}float32 query gradient": (lanes.query_gradient_kernel, tiles, 4, 2, False),
+        f"{wide}float32 own gradient": (lanes.own_gradient_kernel, tiles, 4, 1, False),
+        f"{wide}float32 lane gradient": (lanes.lane_gradient_kernel, tiles, 4, 1, False),
+    }
 
 
-def kind(name: str) -> Any:
-    """The type of an argument by its name; lists of tensors hold three."""
+def kind(name: str, wide: bool) -> Any:
+    """The type of an argument by its name, of operands in float32 if `wide`; lists of tensors hold three."""
     if name in NUMBERS:
         return "i32"
     if name in ("scale", "plain_scale"):
         return "fp32"
     if name in LONG:
         return "*i64"
-    element = "*i32" if name in TABLES else "*fp32" if name in FLOAT32 else "*bf16"
+    element = "*i32" if name in TABLES else "*fp32" if wide or name in FLOAT32 else "*bf16"
     return (element,) * 3 if name in ("outs", "lses", "parts") else element
 
 
 def compiled(kernel: Any, values: dict[str, Any], architecture: int, warps: int, stages: int) -> Any:
-    names = [parameter.name for parameter in kernel.params]
-    signature = {name: "constexpr" if name in values else kind(name) for name in names}
+    names, wide = [parameter.name for parameter in kernel.params], values.get("DOT") == tl.float32
+    signature = {name: "constexpr" if name in values else kind(name, wide) for name in names}
     pointers = [i for i, name in enumerate(names) if str(signature[name]).startswith("*")]
     source = ASTSource(
         kernel,

@@ -94,13 +94,23 @@ def _offsets(rule: str, heads: int, dilation: int, device: torch.device) -> Tens
 
 @functools.cache
 def _constants(
-    key_width: int, value_width: int, causal: bool, block: int, other: int | None, bias: bool | None, exact: bool
+    key_width: int,
+    value_width: int,
+    causal: bool,
+    block: int,
+    other: int | None,
+    bias: bool | None,
+    wide: bool,
+    exact: bool | None,
 ) -> Constants:
     """Compile-time arguments; warp-group instructions fault below 64 channels."""
     widths = {"BK": max(64, 1 << (key_width - 1).bit_length()), "BV": max(64, 1 << (value_width - 1).bit_length())}
     blocks = {"BM": block} if other is None else {"BM": block, "BN": other}
-    options = {"CAUSAL": causal} if bias is None else {"CAUSAL": causal, "BIAS": bias}
-    return Constants(K=key_width, V=value_width, **widths, **blocks, **options, PRECISION="tf32x3" if exact else "ieee")
+    options: dict[str, bool | str] = {"CAUSAL": causal} if bias is None else {"CAUSAL": causal, "BIAS": bias}
+    options["PRECISION"] = "tf32x3" if wide else "ieee"
+    if exact is not None:
+        options["EXACT"] = exact and not wide
+    return Constants(K=key_width, V=value_width, **widths, **blocks, **options)
 
 
 class _Pattern(NamedTuple):
@@ -116,12 +126,14 @@ class _Pattern(NamedTuple):
     reach: int
     line: Tensor | None
 
-    def start(self, kernel: Any, tensors: Sequence[Tensor], rows: int, others: int, warps: int) -> None:
+    def start(
+        self, kernel: Any, tensors: Sequence[Tensor], rows: int, others: int, warps: int, exact: bool | None = None
+    ) -> None:
         """Starts a kernel of blocks of so many rows against so many others."""
         call = self.call
         table = call.tiles(self.segment, self.dilation, rows).table
         arguments = (*tensors, table, *self._numbers())
-        constants = call.constants(rows, others, self.line is not None)
+        constants = call.constants(rows, others, self.line is not None, exact)
         launch(kernel, (len(table), call.heads), arguments, constants, warps, call.blocks.stages)
 
     def _numbers(self) -> tuple[Any, ...]:
@@ -129,11 +141,11 @@ class _Pattern(NamedTuple):
         offsets = _offsets(call.rule, heads, self.dilation, self.q.device)
         return offsets, len(self.q), self.dilation, self.reach, heads, call.scale
 
-    def attend(self, out: Tensor, total: Tensor) -> None:
+    def attend(self, out: Tensor, total: Tensor, exact: bool) -> None:
         """Takes the pattern into a running mixture, in place."""
         line, sizes = total if self.line is None else self.line, self.call.blocks
         tensors = (self.q, self.k, self.v, line, out, total)
-        self.start(kernels.attend_kernel, tensors, sizes.forward, sizes.read, sizes.forward_warps)
+        self.start(kernels.attend_kernel, tensors, sizes.forward, sizes.read, sizes.forward_warps, exact)
 
     def differentiate(
         self, grad: Tensor, out: Tensor, total: Tensor, gradients: Sequence[Tensor], d_bias: Tensor | None
@@ -228,9 +240,9 @@ class _Call(NamedTuple):
     def tiles(self, segment: int, dilation: int, block: int) -> _Tiles:
         return _tiles(self.bounds, segment, dilation, block, self.device)
 
-    def constants(self, block: int, other: int | None, bias: bool | None) -> Constants:
-        exact = self.dtype == torch.float32
-        return _constants(self.key_width, self.value_width, self.causal, block, other, bias, exact)
+    def constants(self, block: int, other: int | None, bias: bool | None, exact: bool | None = None) -> Constants:
+        wide = self.dtype == torch.float32
+        return _constants(self.key_width, self.value_width, self.causal, block, other, bias, wide, exact)
 
     def patterns(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[_Pattern]:
         """The patterns one by one."""
@@ -297,7 +309,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *options: Any
     total, (sums,) = call.empty_total(q), call.sums(v, exact=learnt)
     with torch.cuda.device_of(q):
         for pattern in call.patterns(q, k, v):
-            pattern.attend(sums, total)
+            pattern.attend(sums, total, learnt)
     out = sums.to(v.dtype, copy=learnt)
     return out, sums if learnt else total.new_empty(0), total
 
@@ -311,15 +323,15 @@ def _backward(
     d_bias = torch.zeros_like(bias, dtype=torch.float32) if learnt and bias is not None else None
     with torch.cuda.device_of(q):
         for pattern in call.patterns(q, k, v):
-            pattern.differentiate(*(_alone(pattern, *shared) if detach else shared), gradients, d_bias)
+            pattern.differentiate(*(_alone(pattern, *shared, learnt) if detach else shared), gradients, d_bias)
     dq, dk, dv = (x.to(q.dtype) for x in gradients)
     return dq, dk, dv, total.new_empty(0) if d_bias is None else d_bias
 
 
-def _alone(pattern: _Pattern, grad: Tensor, out: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _alone(pattern: _Pattern, grad: Tensor, out: Tensor, total: Tensor, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
     """What a pattern by itself gives, with its constant share of the gradient."""
     own, (result,) = pattern.call.empty_total(out), pattern.call.sums(out)
-    pattern.attend(result, own)
+    pattern.attend(result, own, exact)
     share = (own - total).exp().nan_to_num().mT.unsqueeze(-1)
     return (share * grad).to(grad.dtype).contiguous(), result, own
 

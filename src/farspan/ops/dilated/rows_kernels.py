@@ -49,9 +49,12 @@ def _scored(scores, line, ahead, seen, scale, reach, BIAS: tl.constexpr):
 def attend_kernel(
     q, k, v, line, out, total, table, offsets, tokens, dilation, reach, H, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    CAUSAL: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Takes a pattern's attention into `out` `[N, H, V]` and the log-sum-exps `total` `[H, N]`."""
+    """Takes a pattern's attention into `out` `[N, H, V]` and the log-sum-exps `total` `[H, N]`.
+
+    `EXACT` multiplies what rounding has cut from the shares as well.
+    """
     token, rows, first = _block(table, offsets, dilation, BM)
     if first >= rows:
         return
@@ -76,7 +79,10 @@ def attend_kernel(
         shares = tl.exp2(scores - finite[:, None])
         old = tl.exp2(top - finite)
         weight = weight * old + tl.sum(shares, 1)
-        acc = acc * old[:, None] + tl.dot(shares.to(values.dtype), values, input_precision=PRECISION)
+        rounded = shares.to(values.dtype)
+        acc = acc * old[:, None] + tl.dot(rounded, values, input_precision=PRECISION)
+        if EXACT:
+            acc += tl.dot((shares - rounded.to(tl.float32)).to(values.dtype), values, input_precision=PRECISION)
         top = higher
     real = m < rows
     totals = total + tl.program_id(1).to(tl.int64) * tokens + token + m.to(tl.int64) * dilation
