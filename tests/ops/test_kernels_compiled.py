@@ -39,7 +39,7 @@ TABLES = {"segments", "chunks", "offsets"}
 ALWAYS_FLOAT32 = {
     "start", "end", "lost", "added", "initial", "final", "centre", "half", "u", "du", "rstd", "d_weight", "a", "b",
     "log_count", "own_scale", "parts", "x_scale", "y_scale", "q_scale", "k_scale", "step", "total", "asked", "kept",
-    "dw", "net", "left", "skipped",
+    "dw", "net", "left", "skipped", "line",
 }  # fmt: skip
 
 
@@ -77,6 +77,8 @@ def compiled(
             signature[name] = "fp32"
         else:
             signature[name] = "*i32" if name in TABLES else "*fp32" if name in ALWAYS_FLOAT32 else element
+            if name == "total" and dtype == torch.float32:
+                signature[name] = "*fp64"
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     known = {name: values[name] for name in names if name in values}
     source = ASTSource(kernel, signature=signature, constexprs=known, attrs=attributes)

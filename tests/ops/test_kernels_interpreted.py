@@ -272,6 +272,15 @@ def test_state_space_duality_with_extreme_steps_and_decays_matches_reference(cha
 
 
 @pytest.mark.usefixtures("duality")
+def test_what_is_kept_after_much_was_forgotten_is_as_exact_as_float32() -> None:
+    x = test_ssd.make(16, batch=1)
+    x["dt"][:, :8], x["dt"][:, 8:], x["a"] = 60.0, -3.0, -torch.ones_like(x["a"])
+    want = outputs_and_gradients(test_ssd.attend("reference"), x)
+    got = outputs_and_gradients(test_ssd.attend("torch"), cast(x, torch.float32))
+    assert_close(got["state"], want["state"], 1e-6, "state")  # differences of sums near 480, which float32 has to 3e-5
+
+
+@pytest.mark.usefixtures("duality")
 def test_steps_that_are_given_match_reference() -> None:
     x, options = test_ssd.make(40, batch=1), {"dt_softplus": False, "dt_limit": (0.1, 2.0)}
     del x["dt_bias"]

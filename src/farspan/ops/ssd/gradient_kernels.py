@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from farspan.ops.gated_linear.walk_kernels import tile_mask
-from farspan.ops.ssd.kernels import UNSPECIALISED, between, decays, softplus
+from farspan.ops.ssd.kernels import UNSPECIALISED, between, decays, power, softplus
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -51,10 +51,10 @@ def shared_gradient_kernel(
         b_total, b_all = decays(total, place, o_t, m_t, t, last, BT)
         b_pairs = tl.dot(b_mine.to(DOT), tl.trans(b_theirs), input_precision=PRECISION) * between(b_total, b_all, LATER)
         if LATER:
-            sees, b_lost = o_t[:, None] <= o_t[None, :], tl.exp2(b_all - b_total) * b_w
+            sees, b_lost = o_t[:, None] <= o_t[None, :], power(b_all - b_total) * b_w
             b_pairs *= b_w[:, None]
         else:
-            sees, b_lost = o_t[:, None] >= o_t[None, :], tl.exp2(b_total)
+            sees, b_lost = o_t[:, None] >= o_t[None, :], power(b_total)
             b_pairs *= b_w[None, :]
             b_read = tl.dot(b_own, b_s, input_precision=PRECISION) * b_lost[:, None]
             tl.store(asked + place + o_t, tl.sum(b_read * b_mine.to(tl.float32), axis=1), mask=m_t)
@@ -101,7 +101,7 @@ def value_gradient_kernel(
         b_pairs = tl.dot(b_v.to(DOT), tl.trans(b_do.to(DOT)), input_precision=PRECISION) * b_at
         b_dw = tl.sum(b_pairs, axis=1)
         b_net = tl.sum(b_pairs * b_w[:, None], axis=0)
-        b_dv = tl.dot(b_k, b_ds, input_precision=PRECISION) * tl.exp2(b_all - b_total)[:, None]
+        b_dv = tl.dot(b_k, b_ds, input_precision=PRECISION) * power(b_all - b_total)[:, None]
         b_left = tl.sum(b_dv * b_v.to(tl.float32), axis=1)
         b_dv = tl.dot(b_at.to(DOT), b_do.to(DOT), b_dv, input_precision=PRECISION) * b_w[:, None]
         b_vdo = tl.sum(b_v.to(tl.float32) * b_do.to(tl.float32), axis=1)

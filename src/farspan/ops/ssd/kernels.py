@@ -8,8 +8,9 @@ L_ts = e^(G_t - G_s) for s <= t, S the state entering the chunk and dS the gradi
     S_next = e^(G_last) S + sum_s e^(G_last - G_s) w_s b_s^T x_s
 
 `gradient_kernels` has the other direction. Step sizes and sums are kept as `[H, rows]` in float32, the sums in units of
-ln 2, so that a head reads neighbours and a power of 2 gives the decay. Other conventions are those of
-`gated_linear.kernels`.
+ln 2, so that a head reads neighbours and a power of 2 gives the decay. With float32 inputs the sums are float64: the
+decay of a pair of rows is a difference of sums, and would be off by what rounding takes from sums in the hundreds.
+Other conventions are those of `gated_linear.kernels`.
 """
 
 # mypy: ignore-errors
@@ -37,10 +38,16 @@ def decays(total, place, o_t, m_t, t, last, BT: tl.constexpr):
 
 
 @triton.jit
+def power(x):
+    """`2^x` in float32."""
+    return tl.exp2(x.to(tl.float32))
+
+
+@triton.jit
 def between(b_total, b_all, LATER: tl.constexpr):
     """What has been lost from the earlier to the later of each pair of rows, and something finite for the others."""
     b_gap = b_total[None, :] - b_total[:, None] if LATER else b_total[:, None] - b_total[None, :]
-    return tl.exp2(tl.minimum(b_gap, tl.where(b_all > 0, float("inf"), 0.0)))
+    return tl.exp2(tl.minimum(b_gap.to(tl.float32), tl.where(b_all > 0, float("inf"), 0.0)))
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -59,7 +66,7 @@ def prepare_kernel(
         b_step = softplus(b_step)
     b_step = tl.minimum(tl.maximum(b_step, low), high)
     b_g = tl.maximum(b_step * tl.load(a + o_h, mask=m_h, other=0.0).to(tl.float32)[None, :], LOG_ZERO)
-    b_total = tl.cumsum(tl.where(m, b_g * LOG2E, 0.0), axis=0)
+    b_total = tl.cumsum(tl.where(m, b_g.to(total.dtype.element_ty) * LOG2E, 0.0), axis=0)
     place = o_h.to(tl.int64)[None, :] * rows + (t + o_t)[:, None]
     tl.store(step + place, b_step, mask=m)
     tl.store(total + place, b_total, mask=m)
@@ -98,10 +105,10 @@ def state_kernel(
         place = i_h.to(tl.int64) * rows + t
         b_total, b_all = decays(total, place, o_t, m_t, t, end_t, BT)
         if REVERSE:
-            b_w = tl.exp2(b_total)
+            b_w = power(b_total)
         else:
-            b_w = tl.exp2(b_all - b_total) * tl.load(step + place + o_t, mask=m_t, other=0.0)
-        b_lost += b_all
+            b_w = power(b_all - b_total) * tl.load(step + place + o_t, mask=m_t, other=0.0)
+        b_lost += b_all.to(tl.float32)
         if STORE_STATES:
             place_s = ((chunk + i_c).to(tl.int64) * H + i_h) * (K * V)
             tl.store(states + place_s + o_s, b_s.to(states.dtype.element_ty), mask=m_s)
@@ -110,10 +117,10 @@ def state_kernel(
                 if HAS_INITIAL:
                     if i_c == 0:
                         b_now = tl.load(initial + own + o_s, mask=m_s, other=0.0).to(tl.float32)
-                b_kept = tl.sum(tl.sum(b_now * b_s, axis=1), axis=0) * tl.exp2(b_all)
+                b_kept = tl.sum(tl.sum(b_now * b_s, axis=1), axis=0) * power(b_all)
                 tl.store(kept + ((chunk + i_c) * H + i_h) * tl.num_programs(2) + i_v, b_kept)
         b_vw = (b_v.to(tl.float32) * b_w[:, None]).to(DOT)
-        b_s = tl.dot(tl.trans(b_k).to(DOT), b_vw, b_s * tl.exp2(b_all), input_precision=PRECISION)
+        b_s = tl.dot(tl.trans(b_k).to(DOT), b_vw, b_s * power(b_all), input_precision=PRECISION)
     if STORE_END:
         tl.store(end + own + o_s, b_s, mask=m_s)
     if STORE_LOST:
@@ -148,7 +155,7 @@ def output_kernel(
         place = i_h.to(tl.int64) * rows + t
         b_w = tl.load(step + place + o_t, mask=m_t, other=0.0)
         b_total, b_all = decays(total, place, o_t, m_t, t, last, BT)
-        b_o = tl.dot(b_q, b_s, input_precision=PRECISION) * tl.exp2(b_total)[:, None]
+        b_o = tl.dot(b_q, b_s, input_precision=PRECISION) * power(b_total)[:, None]
         b_a = (b_qk * between(b_total, b_all, False) * b_w[None, :]).to(DOT)
         b_o = tl.dot(b_a, b_v.to(DOT), b_o, input_precision=PRECISION)
         if HAS_SKIP:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ShapeError
-from farspan.ops._backend import register, resolve
+from farspan.ops._backend import no_double, register, resolve
 from farspan.ops._contract import Contract, changed_in_place, without_autocast
 from farspan.ops.rotary import apply_rotary
 from farspan.ops.ssd.reference import per_head, step_size
@@ -111,4 +111,5 @@ register(
     reference=state_space_step_torch,
     torch=state_space_step_torch,
     triton="farspan.ops.ssd.step_triton:state_space_step_triton",
+    triton_limits=no_double,
 )

@@ -25,8 +25,8 @@ def state_space_step_triton(
         a.contiguous(),
         b,
         c,
-        out if call.d is None else call.d,  # what is not there is never read
-        out if call.dt_bias is None else call.dt_bias,
+        out if call.d is None else call.d.contiguous(),  # what is not there is never read
+        out if call.dt_bias is None else call.dt_bias.contiguous(),
         out if call.cos is None else call.cos.contiguous(),
         out if call.sin is None else call.sin.contiguous(),
         state,

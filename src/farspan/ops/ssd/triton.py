@@ -109,7 +109,8 @@ def _results(*arguments: Any) -> tuple[Tensor, ...]:
     chunks = most_chunks(length, batch, x.cu_seqlens, rows.CHUNK)
     final = x.v.new_empty(sequences, heads, x.q.shape[3], values, dtype=torch.float32)
     states = x.v.new_empty(chunks, *final.shape[1:])
-    step, total = (final.new_empty(heads, batch * length) for _ in range(2))
+    step = final.new_empty(heads, batch * length)
+    total = torch.empty_like(step, dtype=torch.float64 if x.v.dtype == torch.float32 else torch.float32)
     return torch.empty_like(x.v), final, states, step, total
 
 
@@ -218,8 +219,8 @@ def _run_backward(
     dq, dk, dv, d_dt, sums, d_initial = results
     chunks, heads = plan.chunks.shape[0], x.v.shape[2]
     by_group = chunks, x.q.shape[2]
-    d_states, asked = torch.empty_like(states), torch.empty_like(total)
-    kept, parts = total.new_empty(chunks, heads, x.blocks), total.new_empty(chunks, *sums.shape)
+    d_states, asked = torch.empty_like(states), torch.empty_like(step)
+    kept, parts = step.new_empty(chunks, heads, x.blocks), step.new_empty(chunks, *sums.shape)
     _walk(x, plan, (x.q, d_out, step, total), d_final, d_initial, d_states, states, kept)
     decays = step, total
     arguments: tuple[Any, ...] = (x.k, x.q, d_out, x.v, *decays, states, dq, asked, plan.chunks, *x.sizes)
@@ -227,7 +228,7 @@ def _run_backward(
     arguments = (x.q, x.k, x.v, d_out, *decays, d_states, dk, asked, plan.chunks, *x.sizes)
     _launch(shared_gradient_kernel, by_group, arguments, x.constants(SHARED, 2, ("LATER", True)))
     skip, bias = (x.a if t is None else t for t in (x.skip, x.bias))
-    dw, net, left, skipped = (torch.empty_like(total) for _ in range(4))
+    dw, net, left, skipped = (torch.empty_like(step) for _ in range(4))
     arguments = (
         x.q, x.k, x.v, skip, *decays, d_out, d_states, dv, dw, net, left, skipped, plan.chunks, *x.sizes,
     )  # fmt: skip
