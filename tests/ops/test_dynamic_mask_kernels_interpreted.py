@@ -20,20 +20,20 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels, name, size)
 
 
-def compare(tensors: list[Tensor], **options: object) -> None:
-    selection = Selection(**options)
-    cotangent = torch.randn(*tensors[0].shape[:3], tensors[2].shape[-1], dtype=torch.float64)
-    results = []
-    for call, dtype in (
-        (dynamic_mask_attention_reference, torch.float64),
-        (kernels.dynamic_mask_attention_triton, None),
-    ):
-        leaves = [x.detach().to(dtype or torch.float32).requires_grad_() for x in tensors]
+def compare(
+    tensors: list[Tensor], dtype: torch.dtype = torch.float32, tolerance: float = tolerances.FLOAT32, **options: object
+) -> None:
+    selection, results = Selection(**options), []
+    rounded = [x.detach().to(dtype) for x in tensors[:3]] + [tensors[3].detach().float()]
+    cotangent = torch.randn(*tensors[0].shape[:3], tensors[2].shape[-1], dtype=torch.float64).to(dtype)
+    for call in (dynamic_mask_attention_reference, kernels.dynamic_mask_attention_triton):
+        wide = call is dynamic_mask_attention_reference
+        leaves = [(x.double() if wide else x.clone()).requires_grad_() for x in rounded]
         out = call(*leaves, scale=0.7, selection=selection)
         results.append([out.detach(), *torch.autograd.grad((out * cotangent.to(out.dtype)).sum(), leaves)])
     want, got = results
     for name, a, b in zip(("out", "dq", "dk", "dv", "d_bias"), got, want, strict=True):
-        assert_close(a, b, tolerances.FLOAT32, name, largest=torch.ones(()))
+        assert_close(a, b, tolerance, name, largest=torch.ones(()))
 
 
 @pytest.mark.parametrize("keep", [1, 3, 20, 40])
@@ -62,6 +62,10 @@ def test_expiry_of_packed_documents(lengths: list[int]) -> None:
 @pytest.mark.parametrize("heads", [(4, 2, 2), (3, 3, 1), (2, 1, 2), (4, 1, 1)])
 def test_attention_matches_the_definition(heads: tuple[int, int, int]) -> None:
     compare(make(60, heads=heads, batch=1), keep=20)
+
+
+def test_sixteen_bits_match_the_definition() -> None:
+    compare(make(60, heads=(4, 2, 2), batch=1), torch.float16, tolerances.BFLOAT16 / 8, keep=20)
 
 
 @pytest.mark.parametrize("trend", [-0.5, 0.5])
@@ -115,7 +119,7 @@ def test_gradient_of_the_bias_does_not_round_with_the_output() -> None:
 def test_nodes_are_what_they_declare(exact: bool) -> None:
     q, k, v, bias = (x.detach().float() for x in make(40, heads=(4, 2, 2), batch=1))
     check = partial(torch.library.opcheck, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
-    plan = (bias, bias, None, 40, 2, 9)
+    plan = (bias, bias, None, 40, 2, 9, 16)
     check(kernels.plan_node, plan)
     inputs = (q, k, v, bias.transpose(1, 2).contiguous(), *kernels.plan_node(*plan))
     check(kernels.attend_node, (*inputs, 0.7, exact))

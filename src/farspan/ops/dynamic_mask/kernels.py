@@ -106,11 +106,17 @@ def attend_kernel(
 
 
 @triton.jit
-def _score_gradient(b_q, b_do, b_k, b_v, b_bias, seen, b_lse, delta, scale, PRECISION: tl.constexpr):
-    """Weights and gradients of the scores of a tile `[queries, keys]`, both float32."""
-    s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale + b_bias[None, :]
-    p = tl.where(seen, tl.exp2(s - b_lse[:, None]), 0.0)
-    return p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - delta[:, None])
+def _score_gradient(b_q, b_do, b_k, b_v, b_bias, seen, b_lse, delta, scale, TURNED: tl.constexpr,
+                    PRECISION: tl.constexpr):  # fmt: skip
+    """Gradients of the scores of a tile `[queries, keys]`, float32; `TURNED` forms the products transposed."""
+    if TURNED:
+        s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale + b_bias[:, None]
+        p = tl.where(tl.trans(seen), tl.exp2(s - b_lse[None, :]), 0.0)
+        return tl.trans(p * (tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) - delta[None, :]))
+    else:
+        s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale + b_bias[None, :]
+        p = tl.where(seen, tl.exp2(s - b_lse[:, None]), 0.0)
+        return p * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - delta[:, None])
 
 
 @triton.jit(do_not_specialize=["B", "T", "S", "H", "G", "U", "blocks", "W", "first_row"])
@@ -118,9 +124,9 @@ def query_gradient_kernel(
     q, k, v, bias, expires, table, out, rest, lse, d_out, dq, delta, scale, plain_scale, B, T, S, H, G, U, blocks, W,
     first_row,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, QB: tl.constexpr,
-    BN: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, EXACT: tl.constexpr, TURNED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq, and delta = Σ out·d_out `[B, H, T]` for the gradients of keys."""
+    """dq, and delta = Σ out·d_out `[B, H, T]` for the gradients of keys; transposed, float32 stays in registers."""
     block = tl.program_id(0)
     batch, head, unit, g = _group(H, G, U, B, QB)
     m = tl.arange(0, QB * C)
@@ -145,12 +151,12 @@ def query_gradient_kernel(
         j = tl.load(table + start + tl.arange(0, BN))
         b_k, b_v, b_bias, gone = _keys(k, v, bias, expires, tl.maximum(j, 0), j >= 0, g, G, D, V, BD, BV, DOT)
         seen = place[:, None] < gone[None, :]
-        ds = _score_gradient(b_q, b_do, b_k, b_v, b_bias, seen, b_lse, b_delta, scale, PRECISION)
+        ds = _score_gradient(b_q, b_do, b_k, b_v, b_bias, seen, b_lse, b_delta, scale, TURNED, PRECISION)
         acc += tl.dot(ds.to(DOT), b_k, input_precision=PRECISION)
     j = first_row + block * C + tl.arange(0, C)
     b_k, b_v, b_bias, gone = _keys(k, v, bias, expires, j, j < S, g, G, D, V, BD, BV, DOT)
     seen = (place[:, None] < gone[None, :]) & (place[:, None] >= j[None, :])
-    ds = _score_gradient(b_q, b_do, b_k, b_v, b_bias, seen, b_lse, b_delta, scale, PRECISION)
+    ds = _score_gradient(b_q, b_do, b_k, b_v, b_bias, seen, b_lse, b_delta, scale, TURNED, PRECISION)
     acc += tl.dot(ds.to(DOT), b_k, input_precision=PRECISION)
     c = tl.arange(0, BD)
     p_dq = dq + ((batch * T + row) * H + heads)[:, None] * D + c[None, :]

@@ -20,6 +20,8 @@ from farspan.ops.dynamic_mask.torch import candidates, ranking_of
 
 # Queries of a block, lanes of a tile, keys of a block of the order, places looked at together.
 ROWS, LANES, ORDERED, PLACES = 64, 64, 64, 1024
+# Numbers of a block in float32, whose exact products take three operands each, in registers.
+FLOAT32_BLOCK = 2048
 # Warp-group matrix instructions fail on blocks of 32 columns.
 NARROWEST = 64
 DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -30,32 +32,33 @@ def dynamic_mask_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: float, selection: Selection
 ) -> Tensor:
     """See `dynamic_mask_attention`; serves what `option_limits` lets pass."""
-    units = max(k.shape[2], bias.shape[2])
+    units, given = max(k.shape[2], bias.shape[2]), v.dtype
+    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), given)
     if not torch.compiler.is_compiling():
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias))
-        exact, packed = trains and bias.requires_grad, selection.cu_seqlens is not None
-        key = q.device, q.dtype, k.dtype, v.dtype, bias.dtype, q.shape[2:], k.shape[2:], v.shape[3], bias.shape[2]
-        rehearse = functools.partial(_rehearse, q, k, v, bias, packed, trains, exact)
+        exact, packed = trains and bias.requires_grad and dtype.itemsize == 2, selection.cu_seqlens is not None
+        key = q.device, dtype, bias.dtype, q.shape[2:], k.shape[2:], v.shape[3], bias.shape[2]
+        rehearse = functools.partial(_rehearse, q, k, v, bias, dtype, packed, trains, exact)
         compile_ahead(("dynamic mask", trains, exact, packed, *key), rehearse)
+    q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
     bias = candidates(bias, selection)
-    ranking = ranking_of(bias.detach(), selection)
-    expires, table = plan_node(ranking, bias.detach(), selection.cu_seqlens, q.shape[1], units, selection.keep)
+    plan = ranking_of(bias.detach(), selection), bias.detach(), selection.cu_seqlens, q.shape[1], units, selection.keep
+    expires, table = plan_node(*plan, _block_length(q, v))
     by_unit = bias.float().clamp(min=HIDDEN).transpose(1, 2)
     by_unit = by_unit.repeat_interleave(units // bias.shape[2], dim=1).contiguous()
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    rows = (x.to(dtype).contiguous() for x in (q, k, v))
-    out: Tensor = _Lanes.apply(*rows, by_unit, expires, table, scale)
-    return out.to(v.dtype)
+    out: Tensor = _Lanes.apply(q, k, v, by_unit, expires, table, scale)
+    return out.to(given)
 
 
-def _rehearse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, packed: bool, trains: bool, exact: bool) -> None:
+def _rehearse(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dtype: torch.dtype, packed: bool, trains: bool, exact: bool
+) -> None:
     """Every launch of a call and of its gradient, on little."""
     length, units = 2 * ROWS, max(k.shape[2], bias.shape[2])
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     q, k, v = (x.new_zeros(1, length, *x.shape[2:], dtype=dtype) for x in (q, k, v))
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=q.device) if packed else None
     ranking, by_unit = bias.new_zeros(1, length, bias.shape[2]), q.new_zeros(1, units, length, dtype=torch.float32)
-    plan = _plan(ranking, ranking, cu_seqlens, length, units, 1)
+    plan = _plan(ranking, ranking, cu_seqlens, length, units, 1, _block_length(q, v))
     saved = _attend(q, k, v, by_unit, *plan, 1.0, exact)
     if trains:
         _attend_gradient(torch.empty_like(saved[0]), q, k, v, by_unit, *plan, *saved, 1.0, exact)
@@ -92,13 +95,22 @@ def _ordered_blocks(length: int, cu_seqlens: Tensor | None, other: Tensor) -> tu
     return len(table), table
 
 
+def _block_length(q: Tensor, v: Tensor) -> int:
+    """C, queries of a block; as many keys of a tile in float32."""
+    return ROWS if q.dtype.itemsize == 2 else min(ROWS, FLOAT32_BLOCK // max(map(_padded, (q, v))))
+
+
+def _padded(x: Tensor) -> int:
+    return max(NARROWEST, triton.next_power_of_2(x.shape[-1]))
+
+
 def _plan(
-    ranking: Tensor, bias: Tensor, cu_seqlens: Tensor | None, queries: int, units: int, keep: int
+    ranking: Tensor, bias: Tensor, cu_seqlens: Tensor | None, queries: int, units: int, keep: int, size: int
 ) -> tuple[Tensor, Tensor]:
     """Expiry by unit `[B·U, S]`, 0 for hidden keys, and the lanes' keys `[B·U, blocks, W]`, −1 for none; int32."""
     expires = expiry_triton(ranking, keep, cu_seqlens)
     hidden = bias.isneginf().transpose(1, 2).reshape(expires.shape)
-    table = _lanes(expires, cu_seqlens, queries, keep)
+    table = _lanes(expires, cu_seqlens, queries, keep, size)
     expires = expires.masked_fill_(hidden, 0)
     times = units // bias.shape[2]
     return _by_unit(expires, bias.shape[0], times), _by_unit(table, bias.shape[0], times)
@@ -108,10 +120,10 @@ def _by_unit(x: Tensor, batch: int, times: int) -> Tensor:
     return x if times == 1 else x.unflatten(0, (batch, -1)).repeat_interleave(times, dim=1).flatten(0, 1)
 
 
-def _lanes(expires: Tensor, cu_seqlens: Tensor | None, queries: int, keep: int) -> Tensor:
+def _lanes(expires: Tensor, cu_seqlens: Tensor | None, queries: int, keep: int, size: int) -> Tensor:
     rows, keys = expires.shape
     starts, ends = documents(keys, cu_seqlens, expires.device)
-    blocks, lanes = triton.cdiv(queries, ROWS), triton.cdiv(keep, LANES) * LANES
+    blocks, lanes = triton.cdiv(queries, size), triton.cdiv(keep, LANES) * LANES
     before = torch.arange(keys, dtype=torch.int32, device=expires.device).repeat(rows, 1)
     table = torch.full((rows, blocks, lanes), -1, dtype=torch.int32, device=expires.device)
     grid, hops = (triton.cdiv(keys, PLACES), rows), ((keys - 1).bit_length() + 1) // 2
@@ -120,7 +132,7 @@ def _lanes(expires: Tensor, cu_seqlens: Tensor | None, queries: int, keep: int) 
         for _ in range(hops):
             _launch(expiry_kernels.hop_kernel, grid, (before, keys), BX=PLACES)
         arguments = before, starts, table, keys, keep, keys - queries, blocks, lanes
-        _launch(expiry_kernels.birth_kernel, grid, arguments, C=ROWS, BX=PLACES)
+        _launch(expiry_kernels.birth_kernel, grid, arguments, C=size, BX=PLACES)
         _launch(expiry_kernels.newest_kernel, (lanes // LANES, rows), (table, blocks, lanes), BM=32, BL=LANES)
     return table
 
@@ -130,7 +142,7 @@ class _Lanes(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, expires: Tensor, table: Tensor, scale: float
     ) -> Tensor:
-        ctx.exact = ctx.needs_input_grad[3]
+        ctx.exact = ctx.needs_input_grad[3] and q.dtype.itemsize == 2
         out, rest, lse = attend_node(q, k, v, bias, expires, table, scale, ctx.exact)
         ctx.save_for_backward(q, k, v, bias, expires, table, out, rest, lse)
         ctx.scale = scale
@@ -150,23 +162,27 @@ class _Call:
         (self.batch, queries, self.heads, width), (keys, groups), values = q.shape, k.shape[1:3], v.shape[3]
         self.units, self.blocks, lanes = len(table) // max(self.batch, 1), table.shape[1], table.shape[2]
         # Two heads that share keys make the 128 rows of a tile. Sums of keys stay in registers: one head at a time.
-        self.pair = 2 if self.heads // self.units % 2 == 0 else 1
+        wide = q.dtype == torch.float32
+        self.pair = 2 if self.heads // self.units % 2 == 0 and not wide else 1
         self.past = keys - queries
         self.numbers = (self.batch, queries, keys, self.heads, groups, self.units)
         self.lanes = (self.blocks, lanes, self.past)
         self.query_grid = self.blocks, self.batch * self.heads // self.pair
-        self.warps = 4 if max(width, values) <= 64 else 8
+        size = _block_length(q, v)
+        tile = size if wide else LANES
+        self.warps = 4 if max(width, values) <= 64 or wide else 8
         self.sizes = {
             "D": width,
             "V": values,
-            "BD": max(NARROWEST, triton.next_power_of_2(width)),
-            "BV": max(NARROWEST, triton.next_power_of_2(values)),
-            "C": ROWS,
-            "BN": LANES,
-            "BL": LANES,
+            "BD": _padded(q),
+            "BV": _padded(v),
+            "C": size,
+            "BN": tile,
+            "BL": tile,
             "EXACT": exact,
+            "TURNED": wide,
             "DOT": tl.float32 if INTERPRETED else DOT[q.dtype],
-            "PRECISION": "ieee",
+            "PRECISION": "tf32x3" if wide else "ieee",
         }
 
     def launch(
@@ -232,7 +248,7 @@ def _attend_gradient(
     with torch.cuda.device_of(q):
         call.launch(kernels.query_gradient_kernel, call.query_grid, (*inputs, *queries), call.pair, 2)
         call.launch(kernels.own_gradient_kernel, (call.blocks, rows), (*inputs, *keys), 1, 1, lanes=False)
-        grid = call.lanes[1] // LANES, rows
+        grid = call.lanes[1] // call.sizes["BL"], rows
         call.launch(kernels.lane_gradient_kernel, grid, (*inputs, table, *keys), 1, 1)
     if call.units > k.shape[2]:
         dk, dv = (x.unflatten(2, (k.shape[2], -1)).sum(3) for x in (dk, dv))
@@ -255,16 +271,16 @@ def _gradient_room(
 
 
 def _plan_room(
-    ranking: Tensor, bias: Tensor, cu_seqlens: Tensor | None, queries: int, units: int, keep: int
+    ranking: Tensor, bias: Tensor, cu_seqlens: Tensor | None, queries: int, units: int, keep: int, size: int
 ) -> tuple[Tensor, Tensor]:
-    rows, blocks, lanes = ranking.shape[0] * units, -(-queries // ROWS), -(-keep // LANES) * LANES
+    rows, blocks, lanes = ranking.shape[0] * units, -(-queries // size), -(-keep // LANES) * LANES
     make = functools.partial(ranking.new_empty, dtype=torch.int32)
     return make(rows, ranking.shape[1]), make(rows, blocks, lanes)
 
 
 plan_node = register_node(
-    "dynamic_mask_plan(Tensor ranking, Tensor bias, Tensor? cu_seqlens, SymInt queries, int units, int keep) "
-    "-> (Tensor expires, Tensor table)",
+    "dynamic_mask_plan(Tensor ranking, Tensor bias, Tensor? cu_seqlens, SymInt queries, int units, int keep, int size)"
+    " -> (Tensor expires, Tensor table)",
     _plan,
     _plan_room,
 )
