@@ -2,6 +2,8 @@
 
 import ast
 import contextlib
+import importlib
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import farspan.ops
 from farspan.errors import BackendUnavailable, ConfigError, ShapeError, nearest
 from farspan.ops import (
     _backend,
@@ -188,6 +191,18 @@ def test_kernels_start_on_the_device_of_their_tensors(monkeypatch: pytest.Monkey
     _backend.register("op", reference=min, torch=max, triton="operator:add")
     assert _backend.resolve("op", "triton", [Q])(3, 4) == 7
     assert events == [3, "left"]
+
+
+def test_no_kernel_takes_float64() -> None:
+    """It would be rounded to float32 without a word."""
+    importlib.import_module("farspan.training.row_sparse")
+    for module in pkgutil.walk_packages(farspan.ops.__path__, "farspan.ops."):
+        if module.name.rpartition(".")[2] in ("api", "step", "scores", "rotary"):
+            importlib.import_module(module.name)
+    given = [torch.zeros(2, 2, 2, 2, dtype=torch.float64) for _ in range(4)]
+    assert len(_backend._kernels) > 20
+    for op in _backend._kernels:
+        assert op in _backend._limits and _backend._limits[op](given), op
 
 
 def test_a_second_derivative_is_refused_where_only_what_was_saved_shows_it() -> None:

@@ -41,6 +41,16 @@ def test_packed_documents_match_reference(lengths: list[int], state: bool) -> No
     check({n: t for n, t in x.items() if state or n != "initial_state"}, cu_seqlens=boundaries(lengths))
 
 
+def test_parameters_that_are_slices_are_read_as_they_are() -> None:
+    x, given = make(20)["x"].float(), weights(make(20))
+    slices = [torch.stack((t, t + 1), dim=-1)[..., 0].requires_grad_() for t in given]
+    whole = [t.clone().requires_grad_() for t in given]
+    (got, _), (want, _) = (short_convolution_triton(x, *parameters, **options()) for parameters in (slices, whole))
+    assert torch.equal(got, want)
+    for a, b in zip(torch.autograd.grad(got.sum(), slices), torch.autograd.grad(want.sum(), whole), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_slices_of_a_wider_product_are_read_in_place() -> None:
     x = make(20)
     wide = torch.randn(2, 20, 12)

@@ -24,7 +24,7 @@ def test_steps_are_the_whole(
     generator = torch.Generator().manual_seed(width)
     x = torch.randn(2, 6, 300, generator=generator, dtype=torch.float64).to(dtype)
     weight = torch.randn(300, width, generator=generator, dtype=torch.float64).to(dtype)
-    bias = torch.randn(300, generator=generator, dtype=torch.float64).to(dtype) if biased else None
+    bias = torch.randn(300, 2, generator=generator, dtype=torch.float64).to(dtype)[:, 0] if biased else None
     start = torch.randn(2, 300, width, generator=generator, dtype=torch.float64).to(dtype)
     state = start.clone()
     steps = [

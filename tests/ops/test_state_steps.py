@@ -47,7 +47,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 @pytest.mark.parametrize(("rotary_dim", "interleaved"), [(0, False), (6, False), (4, True)])
 def test_cosine(rotary_dim: int, interleaved: bool, norm_position: str, counted: bool, dtype: torch.dtype) -> None:
     q, k, v = (draw(i, 2, LENGTH, 3, width).to(dtype) for i, width in ((0, 6), (1, 6), (2, 5)))
-    exponent = draw(3, 3).to(wide(dtype)) if counted else None
+    exponent = draw(3, 3, 2).to(wide(dtype))[:, 0] if counted else None
     start, before = draw(4, 2, 3, 6, 5), torch.tensor([2, 0])
     cos, sin = table(rotary_dim) if rotary_dim else (None, None)
     turned = (q, k) if cos is None else (apply_rotary(x.double(), cos, sin, interleaved) for x in (q, k))
@@ -85,8 +85,8 @@ def test_state_space(options: dict, groups: int, dtype: torch.dtype) -> None:
     x, dt = draw(0, 2, LENGTH, 4, 5).to(dtype), draw(1, 2, LENGTH, 4).to(dtype)
     b, c = (draw(i, 2, LENGTH, groups, 6).to(dtype) for i in (2, 3))
     a, start = -draw(4, 4).abs().to(wide(dtype)), draw(5, 2, 4, 6, 5)
-    d = draw(6, 4).to(wide(dtype)) if options.pop("skip", False) else None
-    dt_bias = draw(7, 4).to(wide(dtype)) if options.pop("bias", False) else None
+    d = draw(6, 4, 2).to(wide(dtype))[:, 0] if options.pop("skip", False) else None
+    dt_bias = draw(7, 4, 2).to(wide(dtype))[:, 0] if options.pop("bias", False) else None
     rotary_dim = options.pop("rotary_dim", 0)
     cos, sin = table(rotary_dim) if rotary_dim else (None, None)
     turned = [z.double() if cos is None else apply_rotary(z.double(), cos, sin) for z in (b, c)]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from farspan.ops._backend import register, resolve
+from farspan.ops._backend import no_double, register, resolve
 from farspan.ops._contract import Contract, changed_in_place, without_autocast
 from farspan.ops.cosine.reference import length_factor
 from farspan.ops.rotary import apply_rotary
@@ -77,6 +77,7 @@ def cosine_step(
     contract.tensor("exponent", exponent, "H")
     contract.choice("norm_position", norm_position, ("value", "query"))
     contract.tensor("state", state, "B H K V")
+    contract.mask("count", count, "B")
     contract.tensor("cos", cos, "B T half")
     contract.tensor("sin", sin, "B T half")
     changed_in_place("cosine_step", state, q, v)
@@ -107,4 +108,5 @@ register(
     reference=cosine_step_torch,
     torch=cosine_step_torch,
     triton="farspan.ops.cosine.step_triton:cosine_step_triton",
+    triton_limits=no_double,
 )

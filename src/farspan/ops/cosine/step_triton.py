@@ -22,8 +22,8 @@ def cosine_step_triton(
         q,
         k,
         v,
-        out if exponent is None else exponent,  # what is not there is never read
-        count,
+        out if exponent is None else exponent.contiguous(),  # what is not there is never read
+        count.contiguous(),
         out if call.cos is None else call.cos.contiguous(),
         out if call.sin is None else call.sin.contiguous(),
         state,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from farspan.ops._backend import register, resolve
+from farspan.ops._backend import no_double, register, resolve
 from farspan.ops._contract import Contract, changed_in_place, without_autocast
 from farspan.ops.metala.reference import augment_and_normalize, decay_and_key
 
@@ -108,4 +108,5 @@ register(
     reference=metala_step_torch,
     torch=metala_step_torch,
     triton="farspan.ops.metala.step_triton:metala_step_triton",
+    triton_limits=no_double,
 )

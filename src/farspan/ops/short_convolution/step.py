@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ShapeError
-from farspan.ops._backend import register, resolve
+from farspan.ops._backend import no_double, register, resolve
 from farspan.ops._contract import Contract, without_autocast
 from farspan.ops.short_convolution.torch import short_convolution_shifted
 
@@ -80,4 +80,5 @@ register(
     reference=short_convolution_step_torch,
     torch=short_convolution_step_torch,
     triton="farspan.ops.short_convolution.step_triton:short_convolution_step_triton",
+    triton_limits=no_double,
 )

@@ -20,7 +20,7 @@ def short_convolution_step_triton(
     step_kernel[(rows, triton.cdiv(channels, block))](
         x,
         weight.contiguous(),
-        out if bias is None else bias,
+        out if bias is None else bias.contiguous(),
         state,
         out,
         channels,

@@ -90,7 +90,7 @@ def _forward(
     launch(
         convolution_kernel,
         (batch * blocks, triton.cdiv(channels, constants["BD"])),
-        (x, weight.contiguous(), weight if bias is None else bias, state, start, sequence, out, *numbers),
+        (x, weight.contiguous(), weight if bias is None else bias.contiguous(), state, start, sequence, out, *numbers),
         constants,
         WARPS,
     )
@@ -115,7 +115,7 @@ def _backward(
     stretch = WALK - width + 1  # the W - 1 tokens behind it are read as well
     blocks = triton.cdiv(length, stretch)
     sums = torch.empty(batch * blocks, width + 1, channels, dtype=torch.float32, device=x.device)
-    given = d_out, x, weight, weight if bias is None else bias, before, start, sequence
+    given = d_out, x, weight, weight if bias is None else bias.contiguous(), before, start, sequence
     numbers = length, channels, x.stride(1), blocks, stretch
     launch(
         gradient_kernel,
