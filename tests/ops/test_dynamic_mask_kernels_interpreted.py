@@ -81,6 +81,20 @@ def test_queries_behind_a_past_match_the_definition(queries: int, past: int) -> 
     compare(make(queries, past, tied=True), keep=18)
 
 
+def test_rows_beyond_the_programs_of_a_grid_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, programs = kernels.launch, []
+
+    def spy(kernel: object, grid: tuple[int, ...], *others: object) -> None:
+        programs.append(grid[1])
+        launch(kernel, grid, *others)
+
+    monkeypatch.setattr(kernels, "launch", spy)
+    monkeypatch.setattr(kernels, "PROGRAMS", 9)
+    mask, ranking = torch.rand(3, 40) < 0.8, torch.randn(3, 40, 2)
+    compare(make(40, heads=(4, 2, 2), batch=3), keep=10, key_mask=mask, ranking=ranking)
+    assert programs and max(programs) <= 9
+
+
 def test_padding_and_hidden_keys_match_the_definition() -> None:
     tensors = make(50)
     with torch.no_grad():

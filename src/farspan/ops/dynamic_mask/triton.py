@@ -1,6 +1,7 @@
 """Dynamic mask attention on a GPU: expiry, lanes, and attention that touches live keys alone."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from farspan.ops.dynamic_mask.torch import candidates, ranking_of
 ROWS, LANES, ORDERED, PLACES = 64, 64, 64, 1024
 # Numbers of a block in float32, whose exact products take three operands each, in registers.
 FLOAT32_BLOCK = 2048
+# Programs along the second axis of a grid, on which heads and rows of the batch lie: CUDA takes no more.
+PROGRAMS = 65535
 # Warp-group matrix instructions fail on blocks of 32 columns.
 NARROWEST = 64
 DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -32,6 +35,14 @@ def dynamic_mask_attention_triton(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: float, selection: Selection
 ) -> Tensor:
     """See `dynamic_mask_attention`; serves what `option_limits` lets pass."""
+    most = PROGRAMS // q.shape[2]
+    if len(q) > most:
+        parts = [slice(first, first + most) for first in range(0, len(q), most)]
+        outs = [
+            dynamic_mask_attention_triton(q[x], k[x], v[x], bias[x], scale=scale, selection=_of_rows(selection, x))
+            for x in parts
+        ]
+        return torch.cat(outs)
     units, given = max(k.shape[2], bias.shape[2]), v.dtype
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), given)
     if not torch.compiler.is_compiling():
@@ -48,6 +59,12 @@ def dynamic_mask_attention_triton(
     by_unit = by_unit.repeat_interleave(units // bias.shape[2], dim=1).contiguous()
     out: Tensor = _Lanes.apply(q, k, v, by_unit, expires, table, scale)
     return out.to(given)
+
+
+def _of_rows(selection: Selection, rows: slice) -> Selection:
+    """The selection of some rows of the batch."""
+    mask, ranking = (x if x is None else x[rows] for x in (selection.key_mask, selection.ranking))
+    return replace(selection, key_mask=mask, ranking=ranking)
 
 
 def _rehearse(
