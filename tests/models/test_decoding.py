@@ -201,6 +201,19 @@ def test_the_captured_loop_equals_the_eager_one(mix: str, choice: Choice) -> Non
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two CUDA devices")
+@pytest.mark.parametrize("mix", ["metala", "cosine", "ssd", *STEPPING])
+def test_the_captured_loop_runs_beside_the_current_device(mix: str) -> None:
+    model, ids = tiny(mix).to("cuda:1"), prompt().to("cuda:1")
+    runs = []
+    for current in (1, 0):
+        with torch.cuda.device(current):
+            torch.manual_seed(5)
+            runs.append(list(on_host(decode(model, ids, choice=Choice(0.9, 20, 0.9), max_new_tokens=20))))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.gpu
 def test_captured_steps_end_with_the_learned_positions() -> None:
     model = tiny("metala", position_embedding="learned", max_position_embeddings=16).cuda()
     runs: list[list[list[int]]] = []

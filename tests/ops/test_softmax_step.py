@@ -7,7 +7,7 @@ from torch import Tensor
 from farspan.errors import ShapeError
 from farspan.ops.rotary import apply_rotary
 from farspan.ops.softmax.api import softmax_attention
-from farspan.ops.softmax.step import Ring, softmax_attention_step, softmax_attention_step_torch
+from farspan.ops.softmax.step import Ring, beyond_steps, softmax_attention_step, softmax_attention_step_torch
 from tests import tolerances
 from tests.ops.checks import assert_close
 from tests.ops.conftest import INTERPRETED
@@ -90,3 +90,8 @@ def test_what_is_changed_in_place_is_checked() -> None:
         softmax_attention_step(q, k, v, held._replace(keys=held.keys.mT.contiguous().mT))
     with pytest.raises(ShapeError, match="H=3 query heads cannot share G=2"):
         softmax_attention_step(q[:, :, :3], k, v, held)
+
+
+def test_more_rows_than_a_grid_has_programs_are_left_to_the_formulas() -> None:
+    rows = [torch.zeros(1, 1, 2, 4).expand(rows, -1, -1, -1) for rows in (65536, 65535)]
+    assert [beyond_steps(3 * [x]) for x in rows] == ["the kernels take at most 65535 rows", None]

@@ -167,7 +167,7 @@ def on_host(steps: Iterator[Tensor]) -> Iterator[list[int]]:
         copy = torch.empty(token.shape, dtype=token.dtype, pin_memory=True)
         copy.copy_(token, non_blocking=True)
         done = torch.cuda.Event()
-        done.record()
+        done.record(torch.cuda.current_stream(token.device))
         if waiting is not None:
             waiting[1].synchronize()
             yield waiting[0].tolist()
@@ -217,7 +217,7 @@ class _Step:
         if count == 1:
             return
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph), torch.no_grad():
+        with torch.cuda.graph(graph, stream=stream), torch.no_grad():  # a stream of the model's device
             self._advance()
         room = self._room(count - 1)
         for _ in range(room):

@@ -47,7 +47,7 @@ def launch(
     stages: int = 1,
     registers: int | None = None,
 ) -> None:
-    """Starts a kernel on the current device and stream.
+    """Starts a kernel on the device of its tensors and the current stream there.
 
     Args:
         kernel: a `triton.jit` function that specialises no integer.
@@ -63,14 +63,19 @@ def launch(
     if INTERPRETED:
         kernel[grid](*arguments, **constants)
         return
-    device, aligned = torch.cuda.current_device(), True
+    device, aligned = -1, True
     kinds: list[torch.dtype | int | None] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
             kinds.append(argument.dtype)
+            device = argument.get_device()
             aligned &= argument.data_ptr() % 16 == 0
         else:
             kinds.append(argument >> 31 if isinstance(argument, int) else None)
+    if device != torch.cuda.current_device():  # Triton takes the current one, whatever it is given
+        with torch.cuda.device(device):
+            launch(kernel, grid, arguments, constants, warps, stages, registers)
+        return
     key = (constants, device, warps, stages, registers, id(kernel), *kinds)
     if _rehearsal.jobs is None and aligned and (known := _compiled.get(key)) is not None:
         binary, rest = known

@@ -1,6 +1,5 @@
 """One decoding step of dynamic mask attention: a memory of live keys takes the new one in, in place."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from farspan.ops._backend import register, resolve
 from farspan.ops._contract import Contract, without_autocast
 from farspan.ops.dynamic_mask.reference import Selection, dynamic_mask_attention_reference
 from farspan.ops.rotary import apply_rotary, normed
+from farspan.ops.softmax.step import beyond_steps
 
 GONE = float("-inf")
 
@@ -175,15 +175,6 @@ def dynamic_mask_step_torch(
     bias = biases.masked_fill(rankings == GONE, GONE).flatten(2)
     every = Selection(select="none", causal=False)
     return dynamic_mask_attention_reference(q, keys.to(q.dtype), values.to(v.dtype), bias, scale=scale, selection=every)
-
-
-def beyond_steps(tensors: Sequence[Tensor]) -> str | None:
-    """Why the kernels cannot serve these tensors; None if they can."""
-    if any(x.dtype == torch.float64 for x in tensors):
-        return "the kernels compute in float32"
-    if tensors[0].shape[-1] > 256 or tensors[2].shape[-1] > 256:
-        return "the kernels take heads of at most 256 channels"
-    return None
 
 
 register(

@@ -159,7 +159,7 @@ def beyond_steps(tensors: Sequence[Tensor]) -> str | None:
         return "the kernels compute in float32"
     if tensors[0].shape[-1] > 256 or tensors[2].shape[-1] > 256:
         return "the kernels take heads of at most 256 channels"
-    return None
+    return "the kernels take at most 65535 rows" if len(tensors[0]) > 65535 else None
 
 
 register(
