@@ -65,6 +65,14 @@ def test_a_logit_that_is_no_number_is_not_hidden() -> None:
     ]
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="PyTorch's form refuses by itself")
+def test_a_label_behind_the_classes_gives_no_number() -> None:
+    logits, labels = make(torch.float32, 4160)
+    labels[0] = CLASSES
+    nll = cross_entropy_in_place(logits, labels, classes=CLASSES, backend=BACKEND)
+    assert nll.isnan().tolist() == [True] + [False] * 5
+
+
 def test_shapes_are_checked() -> None:
     with pytest.raises(ShapeError, match=r"expected int64 \[N\] beside contiguous \[N, S\]"):
         cross_entropy_in_place(torch.zeros(3, 4), torch.zeros(2, dtype=torch.long))

@@ -228,3 +228,5 @@ def test_mistakes_have_one_clear_message() -> None:
             product_key_topk(x, y, k)
     with pytest.raises(ShapeError, match="scores_y has shape"):
         product_key_topk(x, y[..., :2], 1)
+    with pytest.raises(ShapeError, match=r"scores_x is torch.float16, scores_y is torch.float\d\d; give both in one"):
+        product_key_topk(x.half(), y, 1)

@@ -22,7 +22,8 @@ def cross_entropy_kernel(
     p_row = p_logits + i_n * S
     label = tl.load(p_labels + i_n)
     kept = label >= 0
-    picked = tl.load(p_row + tl.maximum(label, 0)).to(tl.float32)
+    # A label behind the classes, which a compiled caller does not check, gives no number.
+    picked = tl.load(p_row + tl.maximum(label, 0), mask=label < classes, other=float("nan")).to(tl.float32)
     # The largest logit so far and the sum of exponentials relative to it; finite, so that −inf is a logit like others.
     largest, total = tl.full([], -3e38, tl.float32), tl.zeros([], tl.float32)
     for first in range(0, classes, BV):

@@ -54,7 +54,7 @@ def product_key_topk(scores_x: Tensor, scores_y: Tensor, k: int, *, backend: str
 
     Args:
         scores_x: `[N, H, P]`, any floating dtype: for each of N tokens and H heads the P keys of the first axis.
-        scores_y: `[N, H, P]`: those of the second axis.
+        scores_y: `[N, H, P]`, of the same dtype: those of the second axis.
         k: number of experts to choose, 1 ≤ k ≤ P².
         backend: `"auto"`, `"reference"`, `"torch"` or `"triton"`.
 
@@ -89,6 +89,10 @@ def product_key_topk(scores_x: Tensor, scores_y: Tensor, k: int, *, backend: str
     contract = Contract("product_key_topk")
     contract.tensor("scores_x", scores_x, "N H P")
     contract.tensor("scores_y", scores_y, "N H P")
+    if scores_x.dtype != scores_y.dtype:
+        raise ShapeError(
+            f"product_key_topk: scores_x is {scores_x.dtype}, scores_y is {scores_y.dtype}; give both in one dtype."
+        )
     experts = contract.sizes["P"] ** 2
     if not 1 <= k <= experts:
         raise ConfigError(f"product_key_topk: k={k} must lie between 1 and P²={experts}.")
