@@ -191,16 +191,21 @@ def dynamic_mask_checks() -> list[dict[str, Any]]:
         "4 query heads a key head, K=128": (1024, 100, (8, 2, 2), 128, torch.bfloat16),
         "bias per query head": (1024, 300, (4, 1, 4), 48, torch.bfloat16),
         "most keys kept": (1500, 1400, (4, 2, 2), 64, torch.bfloat16),
+        "2 query heads a key head, float32": (1500, 200, (4, 2, 2), 64, torch.float32),
+        "bias per query head, K=128, float32": (1024, 300, (4, 1, 4), 128, torch.float32),
+        "a window": (1500, 200, (4, 2, 2), 64, torch.bfloat16),
+        "a window, float32": (1500, 200, (4, 2, 2), 64, torch.float32),
     }
     for case, (length, keep, (heads, key_heads, bias_heads), width, dtype) in cases.items():
         shape = (2, length, key_heads, width)
         x = {"q": normal(2, length, heads, width, dtype=dtype), "k": normal(*shape, dtype=dtype)}
         x |= {"v": normal(*shape, dtype=dtype), "bias": normal(2, length, bias_heads, dtype=torch.float32)}
-        kept = kept_keys(x["bias"], length, Selection(keep=keep)).repeat_interleave(heads // bias_heads, dim=1)
+        window = 500 if "window" in case else None
+        kept = kept_keys(x["bias"], length, Selection(keep=keep, window=window)).repeat_interleave(
+            heads // bias_heads, dim=1
+        )
         exact, fast = (
-            lambda q, k, v, bias, keep=keep, backend=backend: dynamic_mask_attention(
-                q, k, v, bias, keep=keep, backend=backend
-            )
+            partial(dynamic_mask_attention, keep=keep, window=window, backend=backend)
             for backend in ("torch", "triton")
         )
 

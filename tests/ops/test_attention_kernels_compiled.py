@@ -35,7 +35,7 @@ SPILLING = {("query gradient", 80): 216, ("wide query gradient", 80): 144, ("lan
 SPILLING |= {("wide lane gradient", 90): 240}
 FLOAT32 = {"lses", "total", "base_lse", "cos", "sin", "bias", "lse", "delta", "dk", "dv", "d_bias", "line", "sums"}
 FLOAT32 |= {"hidden", "coefficients", "weights", "d_hidden", "d_weights", "sums"}
-TABLES = {"table", "expires", "ranks", "windows", "ends", "starts", "before", "offsets"}
+TABLES = {"table", "expires", "limits", "ranks", "windows", "ends", "starts", "before", "offsets"}
 NUMBERS = {
     "R",
     "keep",
@@ -65,7 +65,7 @@ ROTATED = {"K": 64, "R": 32, "BT": 16, "HB": 4, "BK": 64}
 BAGS = {"ACT": "silu", "PARTS": 2, "STRETCH": 32, "PIECE": 256}
 RANKED = {"BP": 128, "BA": 64, "BC": 512, "BK": 64}
 TILES = {"D": 64, "V": 64, "BD": 64, "BV": 64, "C": 64, "QB": 2, "DOT": tl.bfloat16, "PRECISION": "ieee"}
-TILES |= {"BN": 64, "BL": 64, "EXACT": True, "TURNED": False}
+TILES |= {"BN": 64, "BL": 64, "LIMITED": False, "EXACT": True, "TURNED": False}
 WIDE = {"D": 128, "V": 128, "BD": 128, "BV": 128}
 # Exact products of float32 leave registers for fewer queries and keys.
 EXACT_TILES = TILES | {"C": 32, "BN": 32, "BL": 32, "QB": 1, "EXACT": False, "TURNED": True}
@@ -119,12 +119,16 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], int, int, bool]] = {
     "query gradient": (lanes.query_gradient_kernel, TILES, 4, 2, True),
     "own gradient": (lanes.own_gradient_kernel, TILES | {"QB": 1}, 4, 1, True),
     "lane gradient": (lanes.lane_gradient_kernel, TILES | {"QB": 1}, 4, 1, True),
+    "limited attend": (lanes.attend_kernel, TILES | {"LIMITED": True}, 8, 3, True),
+    "limited query gradient": (lanes.query_gradient_kernel, TILES | {"LIMITED": True}, 8, 2, True),
+    "limited own gradient": (lanes.own_gradient_kernel, TILES | {"QB": 1, "LIMITED": True}, 8, 1, True),
+    "limited lane gradient": (lanes.lane_gradient_kernel, TILES | {"QB": 1, "LIMITED": True}, 8, 1, True),
     "wide attend": (lanes.attend_kernel, TILES | WIDE, 8, 3, True),
     "wide query gradient": (lanes.query_gradient_kernel, TILES | WIDE, 8, 2, True),
     "wide own gradient": (lanes.own_gradient_kernel, TILES | WIDE | {"QB": 1}, 8, 1, True),
     "wide lane gradient": (lanes.lane_gradient_kernel, TILES | WIDE | {"QB": 1}, 8, 1, True),
 }
-for wide, tiles in (("", EXACT_TILES), ("wide ", WIDE_EXACT_TILES)):
+for wide, tiles in (("", EXACT_TILES), ("wide ", WIDE_EXACT_TILES), ("limited ", EXACT_TILES | {"LIMITED": True})):
     KERNELS |= {
         f"{wide}float32 attend": (lanes.attend_kernel, tiles, 4, 3, False),
         f"{wide}float32 query gradient": (lanes.query_gradient_kernel, tiles, 4, 2, False),

@@ -13,7 +13,7 @@ import farspan.ops.dynamic_mask.torch as fast
 from farspan.errors import ConfigError, ShapeError
 from farspan.ops import dynamic_mask_attention
 from farspan.ops.dynamic_mask.blocks import block_length, live_slots
-from farspan.ops.dynamic_mask.expiry import expiry
+from farspan.ops.dynamic_mask.expiry import expiry, in_window
 from farspan.ops.dynamic_mask.reference import Selection, kept_keys
 from farspan.ops.softmax.api import softmax_attention
 from tests import tolerances
@@ -364,6 +364,23 @@ def test_expiry_describes_the_selection(length: int, keep: int, tied: bool) -> N
     expires = expiry(bias, keep).transpose(1, 2).unsqueeze(2)
     row, place = torch.arange(length)[:, None], torch.arange(length)
     assert torch.equal((place <= row) & (row < expires), kept(bias, length, keep=keep))
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    keep=st.integers(1, 12),
+    window=st.integers(1, 50),
+    tied=st.booleans(),
+)
+def test_ranks_and_limits_describe_the_selection_in_a_window(
+    lengths: list[int], keep: int, window: int, tied: bool
+) -> None:
+    length, bounds = sum(lengths), boundaries(lengths)
+    bias = make(length, batch=1, tied=tied)[3].detach()
+    expires, ranks, limits = (x.transpose(1, 2) for x in in_window(bias, keep, window, bounds))
+    row, place = torch.arange(length)[:, None], torch.arange(length)
+    selected = (place <= row) & (row < expires.unsqueeze(2)) & (ranks.unsqueeze(2) >= limits.unsqueeze(3))
+    assert torch.equal(selected, kept(bias, length, keep=keep, window=window, cu_seqlens=bounds))
 
 
 def test_blocks_list_exactly_the_live_keys() -> None:

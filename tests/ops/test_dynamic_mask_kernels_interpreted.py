@@ -111,6 +111,16 @@ def test_keys_chosen_once_match_the_definition(lengths: list[int]) -> None:
     compare(make(64, batch=1, tied=True), keep=8, select="topk_global", cu_seqlens=boundaries(lengths))
 
 
+@pytest.mark.parametrize("window", [7, 21, 50])
+def test_keys_of_a_window_match_the_definition(window: int) -> None:
+    compare(make(60, tied=True, heads=(4, 2, 1), batch=1), keep=6, window=window)
+    compare(make(20, 37, tied=True, batch=1), keep=6, window=window)
+
+
+def test_windows_of_packed_documents_match_the_definition() -> None:
+    compare(make(64, tied=True, batch=1), keep=4, window=10, cu_seqlens=boundaries([20, 0, 1, 43]))
+
+
 def test_another_ranking_matches_the_definition() -> None:
     compare(make(40, batch=1), keep=9, ranking=torch.randn(1, 40, 2))
 
@@ -129,11 +139,11 @@ def test_gradient_of_the_bias_does_not_round_with_the_output() -> None:
     assert_close(gradients[1], gradients[0], tolerances.FLOAT32_STEP, "d_bias")
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_nodes_are_what_they_declare(exact: bool) -> None:
+@pytest.mark.parametrize(("exact", "window"), [(False, None), (True, 17)])
+def test_nodes_are_what_they_declare(exact: bool, window: int | None) -> None:
     q, k, v, bias = (x.detach().float() for x in make(40, heads=(4, 2, 2), batch=1))
     check = partial(torch.library.opcheck, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
-    plan = (bias, bias, None, 40, 2, 9, 16)
+    plan = (bias, bias, None, 40, 2, 9, window, 16)
     check(kernels.plan_node, plan)
     inputs = (q, k, v, bias.transpose(1, 2).contiguous(), *kernels.plan_node(*plan))
     check(kernels.attend_node, (*inputs, 0.7, exact))

@@ -45,7 +45,8 @@ def dynamic_mask_attention(
 
     - `"none"`: all visible keys.
     - `"topk_causal"`: the w visible keys with the largest bias, for each query. Where the bias does not depend on the
-      query and there is no window, key j is kept exactly by the queries j ≤ i < e(j) (`expiry`).
+      query and there is no window, key j is kept exactly by the queries j ≤ i < e(j) (`expiry`); in a window, by those
+      whose limit it reaches (`in_window`).
     - `"topk_global"`: the w keys of the whole sequence (document) with the largest bias, of which a query sees those it
       may see. Looks at the future: which old keys survive depends on later tokens.
     - `"relu"`: the keys with b_j > 0.
@@ -70,8 +71,8 @@ def dynamic_mask_attention(
         window: number of keys a query sees before the selection, itself included; None is all.
         key_mask: `[B, S]` bool or integer, True or 1 = a real key.
         cu_seqlens: `[num_seqs + 1]` int32 boundaries of documents packed in one row (B = 1, S = T); each selects alone.
-        backend: `"auto"`, `"reference"`, `"torch"` or `"triton"` (kernels: 16 bit, K and V ≤ 128, a causal top-k with a
-            bias per key, no window, no smoothing; `topk_global` from S ≥ 4w on).
+        backend: `"auto"`, `"reference"`, `"torch"` or `"triton"` (kernels: no float64, K and V ≤ 128, a causal top-k
+            with a bias per key, no window, no smoothing; `topk_global` from S ≥ 4w on).
 
     Returns:
         `[B, T, H, V]` in v's dtype; a query without any key gives 0. The bias has a gradient at the kept keys only; the
@@ -85,8 +86,9 @@ def dynamic_mask_attention(
     Cost:
         `topk_causal` with a bias per key and no window: O(T·w·H·(K + V)) time and O(S) memory beside what is saved for
         the backward pass (inputs, output and 8·(w/C + 1) bytes of indices per token and bias head); `topk_global` from
-        S ≥ 4w on likewise. Other selections that do not depend on the query: as softmax attention. A bias per query
-        row, a window or a smoothing with `topk_causal`: O(T·S) time and memory.
+        S ≥ 4w on likewise. `topk_causal` in a window: the same with the window in the place of w. Other selections that
+        do not depend on the query: as softmax attention. A bias per query row, a smoothing with `topk_causal`, a window
+        with padding: O(T·S) time and memory.
 
     Note:
         The published kernels select globally and apply causality afterwards; transformers selects per row. Both leave

@@ -6,6 +6,7 @@ table, the newest key of every lane when the block begins, and the block's own k
 values in its size.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,16 @@ HIDDEN = -1e30
 
 
 def attend_live(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, expires: Tensor, starts: Tensor, *, scale: float, keep: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    expires: Tensor,
+    starts: Tensor,
+    *,
+    scale: float,
+    keep: int,
+    chosen: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Attention of query i to the keys j ≤ i < e(j).
 
@@ -31,7 +41,8 @@ def attend_live(
         expires: e, `[B, S, M]` int32 from `expiry`.
         starts: `[S]`, where each key's document begins.
         scale: factor on q·k.
-        keep: w.
+        keep: w, the most keys that are alive at once.
+        chosen: r and θ, `[B, S, M]` int32 from `in_window`: the living keys of rank r_j ≥ θ_i alone; None is all.
 
     Returns:
         `[B, T, H, V]` in float32 or float64, the dtype of q.
@@ -55,7 +66,12 @@ def attend_live(
     slots = live_slots(
         by_unit(expires), starts, keep=min(keep, keys), first_row=keys - queries, blocks=blocks, size=size
     )
-    out: Tensor = _LiveAttention.apply(q.flatten(0, 2).flatten(1, 2), packed, gone, slots, keys - queries, size)
+    ranks = limits = None
+    if chosen is not None:
+        ranks, limits = (by_unit(x) for x in chosen)
+        limits = torch.nn.functional.pad(limits[:, keys - queries :], (0, blocks * size - queries)).reshape(-1, size, 1)
+    rows = q.flatten(0, 2).flatten(1, 2)
+    out: Tensor = _LiveAttention.apply(rows, packed, gone, slots, ranks, limits, keys - queries, size)
     out = out.reshape(batch, units, blocks, size, heads // units, -1).permute(0, 2, 3, 1, 4, 5)
     return out.reshape(batch, blocks * size, heads, -1)[:, :queries]
 
@@ -108,24 +124,32 @@ class _LiveAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, packed: Tensor, expires: Tensor, slots: Tensor, first_row: int, size: int
+        ctx: Any,
+        q: Tensor,
+        packed: Tensor,
+        expires: Tensor,
+        slots: Tensor,
+        ranks: Tensor | None,
+        limits: Tensor | None,
+        first_row: int,
+        size: int,
     ) -> Tensor:
-        """q `[N, C·Q, K + 1]` with N = R·blocks; packed `[R, S, K + 1 + V]`; slots `[R, blocks, L]`."""
-        plan = _Plan(q, packed, expires, slots, first_row, size)
+        """q `[N, C·Q, K + 1]`, N = R·blocks; packed `[R, S, K + 1 + V]`; slots `[R, blocks, L]`; limits `[N, C, 1]`."""
+        plan = _Plan(q, packed, expires, slots, ranks, limits, first_row, size)
         out = q.new_empty((*q.shape[:2], packed.shape[-1] - q.shape[-1]))
         for part in plan.parts():
             weights, empty, gathered, _ = plan.weights(part)
             torch.bmm(weights, gathered[..., plan.width :], out=out[part])
             out[part].masked_fill_(empty, 0.0)
-        ctx.save_for_backward(q, packed, expires, slots)
+        ctx.save_for_backward(q, packed, expires, slots, ranks, limits)
         ctx.first_row, ctx.size = first_row, size
         return out
 
     @staticmethod
     @plain_backward
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, packed, expires, slots = ctx.saved_tensors
-        plan = _Plan(q, packed, expires, slots, ctx.first_row, ctx.size)
+        q, packed, expires, slots, ranks, limits = ctx.saved_tensors
+        plan = _Plan(q, packed, expires, slots, ranks, limits, ctx.first_row, ctx.size)
         d_q, d_packed = torch.empty_like(q), torch.zeros_like(plan.flat)
         for part in plan.parts():
             weights, empty, gathered, index = plan.weights(part)
@@ -137,13 +161,23 @@ class _LiveAttention(torch.autograd.Function):
             torch.bmm(d_scores, gathered[..., : plan.width], out=d_q[part])
             d_gathered[..., : plan.width] = d_scores.transpose(1, 2) @ q[part]
             d_packed.index_add_(0, index.flatten(), d_gathered.flatten(0, 1))
-        return d_q, d_packed.reshape(packed.shape), None, None, None, None
+        return d_q, d_packed.reshape(packed.shape), *[None] * 6
 
 
 class _Plan:
     """What the forward and the backward pass of `_LiveAttention` have in common."""
 
-    def __init__(self, q: Tensor, packed: Tensor, expires: Tensor, slots: Tensor, first_row: int, size: int) -> None:
+    def __init__(
+        self,
+        q: Tensor,
+        packed: Tensor,
+        expires: Tensor,
+        slots: Tensor,
+        ranks: Tensor | None,
+        limits: Tensor | None,
+        first_row: int,
+        size: int,
+    ) -> None:
         rows, blocks, length = slots.shape
         self.q, self.size, self.width = q, size, q.shape[-1]
         self.flat = packed.flatten(0, 1)
@@ -151,6 +185,8 @@ class _Plan:
         none = slots < 0
         self.index = (slots.clamp(min=0) + offset).reshape(rows * blocks, length)
         self.expires = expires.flatten()[self.index].masked_fill_(none.reshape(rows * blocks, length), 0)
+        self.limits = limits
+        self.ranks = None if ranks is None else ranks.flatten()[self.index]
         self.row = first_row + torch.arange(blocks * size, dtype=torch.int32, device=q.device).reshape(
             blocks, 1, size, 1
         )
@@ -169,6 +205,8 @@ class _Plan:
         scores = torch.bmm(q, gathered[..., : self.width].transpose(1, 2))
         hidden = self.expires[part].unsqueeze(1) <= self.row[part]
         hidden[..., -self.size :] |= self.future
+        if self.ranks is not None and self.limits is not None:
+            hidden |= self.ranks[part].unsqueeze(1) < self.limits[part]
         group = q.shape[1] // self.size
         scores.unflatten(1, (self.size, group)).masked_fill_(hidden.unsqueeze(2), HIDDEN * 1e3)
         empty = hidden.all(-1).repeat_interleave(group, dim=1).unsqueeze(-1)

@@ -40,10 +40,7 @@ def expiry(bias: Tensor, keep: int, cu_seqlens: Tensor | None = None) -> Tensor:
     if keep >= longest_document(length, cu_seqlens):
         return ends.reshape(1, length, 1).expand(batch, length, heads)
     ranks = ranks_of(bias, cu_seqlens)
-    thresholds = _thresholds(ranks, keep)
-    # A document's first rows have seen fewer than w keys: all its ranks, which begin at its start, pass.
-    young = torch.arange(length, dtype=torch.int32, device=bias.device) - starts < keep - 1
-    thresholds = torch.where(young, starts, thresholds)
+    thresholds = _least_ranks(ranks, keep, starts)
     # Counting the rows whose threshold is at most v gives the first row whose threshold exceeds v.
     counts = torch.zeros_like(thresholds)
     counts.scatter_add_(1, thresholds.long(), torch.ones_like(thresholds))
@@ -52,6 +49,37 @@ def expiry(bias: Tensor, keep: int, cu_seqlens: Tensor | None = None) -> Tensor:
     expired = first.gather(1, ranks.long())
     expired = torch.maximum(expired, torch.arange(length, dtype=torch.int32, device=bias.device))
     return expired.reshape(batch, heads, length).transpose(1, 2)
+
+
+def in_window(bias: Tensor, keep: int, window: int, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The top-w selection among the last keys of each row, where keys that were displaced come back.
+
+    Row i sees the keys i − window < j ≤ i of its document, and keeps those of rank r_j ≥ θ_i, the w-th largest there.
+
+    Args:
+        bias: `[B, S, M]`, any floating dtype; not differentiated.
+        keep: w ≥ 1.
+        window: keys that a row sees, itself included.
+        cu_seqlens: int32 boundaries of packed documents (B = 1).
+
+    Returns:
+        The first row that no longer sees each key, r and θ, `[B, S, M]` int32.
+
+    Cost:
+        That of `expiry`.
+
+    Example:
+        >>> expires, ranks, limits = in_window(torch.tensor([3.0, 1.0, 2.0, 2.0]).reshape(1, 4, 1), keep=1, window=2)
+        >>> [x.flatten().tolist() for x in (expires, ranks, limits)]
+        [[2, 3, 4, 4], [3, 0, 1, 2], [3, 3, 1, 2]]
+    """
+    batch, length, heads = bias.shape
+    starts, ends = documents(length, cu_seqlens, bias.device)
+    ranks = ranks_of(bias, cu_seqlens)
+    limits = _least_ranks(ranks, keep, starts, window)
+    expires = torch.minimum(torch.arange(window, length + window, dtype=torch.int32, device=bias.device), ends)
+    ranks, limits = (x.reshape(batch, heads, length).transpose(1, 2) for x in (ranks, limits))
+    return expires.reshape(1, length, 1).expand(batch, length, heads), ranks, limits
 
 
 def order_of(bias: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -84,8 +112,16 @@ def inverse(order: Tensor) -> Tensor:
     return torch.empty(order.shape, dtype=torch.int32, device=order.device).scatter_(1, order, places)
 
 
-def _thresholds(ranks: Tensor, keep: int) -> Tensor:
-    """The w-th largest rank of every prefix, `[R, S]` int32; anything where the prefix has fewer than w keys.
+def _least_ranks(ranks: Tensor, keep: int, starts: Tensor, window: int | None = None) -> Tensor:
+    """The smallest rank that every row keeps of the keys that it sees, `[R, S]` int32."""
+    thresholds = _thresholds(ranks, keep, window)
+    # A document's first rows have seen fewer than w keys: all its ranks, which begin at its start, pass.
+    young = torch.arange(ranks.shape[1], dtype=torch.int32, device=ranks.device) - starts < keep - 1
+    return torch.where(young, starts, thresholds)
+
+
+def _thresholds(ranks: Tensor, keep: int, window: int | None) -> Tensor:
+    """The w-th largest rank of every prefix, or of its last `window` keys; anything where these are fewer than w.
 
     A node of the tree holds the ranks of an interval [a, a + 2m) in order of time. Ranks are distinct, so the node
     stands at the places a … a + 2m − 1 of its level, and the ranks before it that lie in lower halves are a/2.
@@ -95,6 +131,8 @@ def _thresholds(ranks: Tensor, keep: int) -> Tensor:
     level = ranks.clone()
     node = torch.zeros_like(ranks)  # where the node of each row's answer begins
     inside = (place + 1).repeat(rows, 1)  # how many keys of the row's prefix are in that node
+    # How many of them are too old.
+    beyond = None if window is None else (place + 1 - window).clamp_(min=0).repeat(rows, 1)
     wanted = torch.full_like(ranks, keep - 1)  # how many of them are better than the answer
     lower_before = torch.zeros((rows, length + 1), dtype=torch.int32, device=ranks.device)
     # Every step writes into these: fresh pages would cost more than the arithmetic.
@@ -108,8 +146,16 @@ def _thresholds(ranks: Tensor, keep: int) -> Tensor:
         torch.gather(lower_before, 1, torch.add(node, inside, out=index), out=lower)
         lower.sub_(torch.bitwise_right_shift(node, 1, out=other))
         torch.sub(inside, lower, out=upper)
-        torch.lt(wanted, upper, out=descend)
-        torch.where(descend, upper, lower, out=inside)
+        if beyond is None:
+            torch.lt(wanted, upper, out=descend)
+            torch.where(descend, upper, lower, out=inside)
+        else:
+            old = lower_before.gather(1, torch.add(node, beyond, out=index)).sub_(other)
+            old_upper = beyond - old
+            torch.lt(wanted, upper - old_upper, out=descend)
+            torch.where(descend, upper, lower, out=inside)
+            torch.where(descend, old_upper, old, out=beyond)
+            upper.sub_(old_upper)
         wanted.sub_(upper.masked_fill_(descend, 0))
         node.add_(descend, alpha=half)
         if bit:

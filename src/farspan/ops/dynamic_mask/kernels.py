@@ -1,7 +1,8 @@
 """Triton kernels of causal top-w attention: each block of C queries meets its live keys in lanes, then its own keys.
 
 The table of lanes names for each block the keys that are alive when it begins; who dies inside it is told by e(j), who
-is born inside it stands in the block's own tile. The gradient of queries walks along the lanes of one block. That of
+is born inside it stands in the block's own tile. Where keys come back (`LIMITED`: a window), a row keeps those of its
+living keys whose rank reaches its limit. The gradient of queries walks along the lanes of one block. That of
 keys walks along the blocks of some lanes, holds 64 keys at a time, and gives a key's sum away when another takes its
 lane: every pair is met once, nothing is added atomically.
 
@@ -35,6 +36,12 @@ def _keys(k, v, bias, expires, j, mask, g, G, D: tl.constexpr, V: tl.constexpr, 
 
 
 @triton.jit
+def _kept(ranks, limit, j, mask):
+    """Whether rows of these limits keep the keys j, `[rows, keys]`."""
+    return tl.load(ranks + j, mask=mask, other=-1)[None, :] >= limit[:, None]
+
+
+@triton.jit
 def _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, EXACT: tl.constexpr, DOT: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     """One tile of keys of the online softmax; scores in bits."""
@@ -64,9 +71,9 @@ def _group(H, G, U, B, QB: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "T", "S", "H", "G", "U", "blocks", "W", "first_row"])
 def attend_kernel(
-    q, k, v, bias, expires, table, out, rest, lse, scale, B, T, S, H, G, U, blocks, W, first_row,
+    q, k, v, bias, expires, ranks, limits, table, out, rest, lse, scale, B, T, S, H, G, U, blocks, W, first_row,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, QB: tl.constexpr,
-    BN: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, LIMITED: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output `[B, T, H, V]`, its rounding if `EXACT`, log-sum-exp in bits `[B, H, T]`, of QB heads of a block."""
     block = tl.program_id(0)
@@ -81,6 +88,9 @@ def attend_kernel(
     expires += (batch * U + unit) * S
     table += ((batch * U + unit) * blocks + block) * W
     place = first_row + row
+    if LIMITED:
+        ranks += (batch * U + unit) * S
+        limit = tl.load(limits + (batch * U + unit) * T + row, mask=real, other=0)
     top = tl.full((QB * C,), float("-inf"), tl.float32)
     weight = tl.zeros((QB * C,), tl.float32)
     acc = tl.zeros((QB * C, BV), tl.float32)
@@ -88,10 +98,14 @@ def attend_kernel(
         j = tl.load(table + start + tl.arange(0, BN))
         b_k, b_v, b_bias, gone = _keys(k, v, bias, expires, tl.maximum(j, 0), j >= 0, g, G, D, V, BD, BV, DOT)
         seen = place[:, None] < gone[None, :]
+        if LIMITED:
+            seen = seen & _kept(ranks, limit, tl.maximum(j, 0), j >= 0)
         top, weight, acc = _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, EXACT, DOT, PRECISION)
     j = first_row + block * C + tl.arange(0, C)
     b_k, b_v, b_bias, gone = _keys(k, v, bias, expires, j, j < S, g, G, D, V, BD, BV, DOT)
     seen = (place[:, None] < gone[None, :]) & (place[:, None] >= j[None, :])
+    if LIMITED:
+        seen = seen & _kept(ranks, limit, j, j < S)
     top, weight, acc = _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, EXACT, DOT, PRECISION)
     empty = weight == 0.0
     acc = acc / tl.where(empty, 1.0, weight)[:, None]
@@ -121,10 +135,11 @@ def _score_gradient(b_q, b_do, b_k, b_v, b_bias, seen, b_lse, delta, scale, TURN
 
 @triton.jit(do_not_specialize=["B", "T", "S", "H", "G", "U", "blocks", "W", "first_row"])
 def query_gradient_kernel(
-    q, k, v, bias, expires, table, out, rest, lse, d_out, dq, delta, scale, plain_scale, B, T, S, H, G, U, blocks, W,
-    first_row,
+    q, k, v, bias, expires, ranks, limits, table, out, rest, lse, d_out, dq, delta, scale, plain_scale, B, T, S, H, G,
+    U, blocks, W, first_row,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, QB: tl.constexpr,
-    BN: tl.constexpr, EXACT: tl.constexpr, TURNED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, LIMITED: tl.constexpr, EXACT: tl.constexpr, TURNED: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta = Σ out·d_out `[B, H, T]` for the gradients of keys; transposed, float32 stays in registers."""
     block = tl.program_id(0)
@@ -146,16 +161,23 @@ def query_gradient_kernel(
     expires += (batch * U + unit) * S
     table += ((batch * U + unit) * blocks + block) * W
     place = first_row + row
+    if LIMITED:
+        ranks += (batch * U + unit) * S
+        limit = tl.load(limits + (batch * U + unit) * T + row, mask=real, other=0)
     acc = tl.zeros((QB * C, BD), tl.float32)
     for start in range(0, tl.minimum(W, first_row + block * C), BN):
         j = tl.load(table + start + tl.arange(0, BN))
         b_k, b_v, b_bias, gone = _keys(k, v, bias, expires, tl.maximum(j, 0), j >= 0, g, G, D, V, BD, BV, DOT)
         seen = place[:, None] < gone[None, :]
+        if LIMITED:
+            seen = seen & _kept(ranks, limit, tl.maximum(j, 0), j >= 0)
         ds = _score_gradient(b_q, b_do, b_k, b_v, b_bias, seen, b_lse, b_delta, scale, TURNED, PRECISION)
         acc += tl.dot(ds.to(DOT), b_k, input_precision=PRECISION)
     j = first_row + block * C + tl.arange(0, C)
     b_k, b_v, b_bias, gone = _keys(k, v, bias, expires, j, j < S, g, G, D, V, BD, BV, DOT)
     seen = (place[:, None] < gone[None, :]) & (place[:, None] >= j[None, :])
+    if LIMITED:
+        seen = seen & _kept(ranks, limit, j, j < S)
     ds = _score_gradient(b_q, b_do, b_k, b_v, b_bias, seen, b_lse, b_delta, scale, TURNED, PRECISION)
     acc += tl.dot(ds.to(DOT), b_k, input_precision=PRECISION)
     c = tl.arange(0, BD)
@@ -165,8 +187,10 @@ def query_gradient_kernel(
 
 @triton.jit
 def _key_step(
-    q, d_out, lse, delta, row, heads, j, own, b_k, b_v, b_bias, gone, dk, dv, db, scale, batch, T, H, first_row,
-    D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    q, d_out, lse, delta, limits, row, heads, j, own, b_k, b_v, b_bias, gone, rank, dk, dv, db, scale, batch, T, H,
+    first_row,
+    D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, LIMITED: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what some rows give to the gradients of a tile of keys; products are formed transposed."""
     real = row < T
@@ -178,6 +202,8 @@ def _key_step(
     seen = (gone[:, None] > place[None, :]) & real[None, :]
     if own:
         seen = seen & (j[:, None] <= place[None, :])
+    if LIMITED:
+        seen = seen & (rank[:, None] >= tl.load(limits + row, mask=real, other=0)[None, :])
     s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale + b_bias[:, None]
     p = tl.where(seen, tl.exp2(s - b_lse[None, :]), 0.0)
     dv += tl.dot(p.to(DOT), b_do, input_precision=PRECISION)
@@ -188,9 +214,10 @@ def _key_step(
 
 @triton.jit(do_not_specialize=["B", "T", "S", "H", "G", "U", "first_row"])
 def own_gradient_kernel(
-    q, k, v, bias, expires, lse, delta, d_out, dk, dv, d_bias, scale, plain_scale, B, T, S, H, G, U, first_row,
+    q, k, v, bias, expires, ranks, limits, lse, delta, d_out, dk, dv, d_bias, scale, plain_scale, B, T, S, H, G, U,
+    first_row,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, QB: tl.constexpr,
-    DOT: tl.constexpr, PRECISION: tl.constexpr,
+    LIMITED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block's keys from the block's own rows, float32 `[B, S, U, D]`, `[B, S, U, V]`, `[B, U, S]`."""
     block, unit = tl.program_id(0), tl.program_id(1) % U
@@ -202,14 +229,18 @@ def own_gradient_kernel(
     k += batch * S * G * D
     v += batch * S * G * V
     b_k, b_v, b_bias, gone = _keys(k, v, bias, expires, j, j < S, g, G, D, V, BD, BV, DOT)
+    rank = gone
+    if LIMITED:
+        limits += (batch * U + unit) * T
+        rank = tl.load(ranks + (batch * U + unit) * S + j, mask=j < S, other=-1)
     b_dk = tl.zeros((C, BD), tl.float32)
     b_dv = tl.zeros((C, BV), tl.float32)
     db = tl.zeros((C,), tl.float32)
     m = tl.arange(0, QB * C)
     for head in range(unit * (H // U), (unit + 1) * (H // U), QB):
         b_dk, b_dv, db = _key_step(
-            q, d_out, lse, delta, block * C + m % C, head + m // C, j, True, b_k, b_v, b_bias, gone, b_dk, b_dv, db,
-            scale, batch, T, H, first_row, D, V, BD, BV, DOT, PRECISION,
+            q, d_out, lse, delta, limits, block * C + m % C, head + m // C, j, True, b_k, b_v, b_bias, gone, rank,
+            b_dk, b_dv, db, scale, batch, T, H, first_row, D, V, BD, BV, LIMITED, DOT, PRECISION,
         )  # fmt: skip
     c, e = tl.arange(0, BD), tl.arange(0, BV)
     key = (batch * S + j) * U + unit
@@ -232,10 +263,10 @@ def _give_away(dk, dv, d_bias, key, j, mask, b_dk, b_dv, db, scale, D: tl.conste
 
 @triton.jit(do_not_specialize=["B", "T", "S", "H", "G", "U", "blocks", "W", "first_row"])
 def lane_gradient_kernel(
-    q, k, v, bias, expires, table, lse, delta, d_out, dk, dv, d_bias, scale, plain_scale, B, T, S, H, G, U, blocks, W,
-    first_row,
+    q, k, v, bias, expires, ranks, limits, table, lse, delta, d_out, dk, dv, d_bias, scale, plain_scale, B, T, S, H, G,
+    U, blocks, W, first_row,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, QB: tl.constexpr,
-    BL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BL: tl.constexpr, LIMITED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to the gradients of keys what the rows of later blocks give, for the keys that pass through some lanes."""
     lane, unit = tl.program_id(0) * BL + tl.arange(0, BL), tl.program_id(1) % U
@@ -247,6 +278,9 @@ def lane_gradient_kernel(
     expires += (batch * U + unit) * S
     d_bias += (batch * U + unit) * S
     table += (batch * U + unit) * blocks * W
+    if LIMITED:
+        ranks += (batch * U + unit) * S
+        limits += (batch * U + unit) * T
     j = tl.full((BL,), -1, tl.int32)
     b_dk = tl.zeros((BL, BD), tl.float32)
     b_dv = tl.zeros((BL, BV), tl.float32)
@@ -269,10 +303,13 @@ def lane_gradient_kernel(
             db = tl.where(changed, 0.0, db)
             j = newest
         b_k, b_v, b_bias, gone = _keys(k, v, bias, expires, tl.maximum(j, 0), j >= 0, g, G, D, V, BD, BV, DOT)
+        rank = gone
+        if LIMITED:
+            rank = tl.load(ranks + tl.maximum(j, 0), mask=j >= 0, other=-1)
         for head in range(unit * (H // U), (unit + 1) * (H // U), QB):
             b_dk, b_dv, db = _key_step(
-                q, d_out, lse, delta, block * C + m % C, head + m // C, j, False, b_k, b_v, b_bias, gone, b_dk, b_dv,
-                db, scale, batch, T, H, first_row, D, V, BD, BV, DOT, PRECISION,
+                q, d_out, lse, delta, limits, block * C + m % C, head + m // C, j, False, b_k, b_v, b_bias, gone, rank,
+                b_dk, b_dv, db, scale, batch, T, H, first_row, D, V, BD, BV, LIMITED, DOT, PRECISION,
             )  # fmt: skip
     key = (batch * S + tl.maximum(j, 0)) * U + unit
     _give_away(dk, dv, d_bias, key, tl.maximum(j, 0), j >= 0, b_dk, b_dv, db, plain_scale, D, V, BD, BV)

@@ -9,8 +9,8 @@ from torch.nn.functional import pad
 from farspan.ops import varlen
 from farspan.ops._contract import compute_dtype
 from farspan.ops.dynamic_mask.blocks import HIDDEN, attend_live
-from farspan.ops.dynamic_mask.expiry import expiry, order_of, ranks_of
-from farspan.ops.dynamic_mask.limits import SHORT, drops_most
+from farspan.ops.dynamic_mask.expiry import expiry, in_window, order_of, ranks_of
+from farspan.ops.dynamic_mask.limits import SHORT, drops_most, most_seen
 from farspan.ops.dynamic_mask.reference import Selection, dynamic_mask_attention_reference, key_blocks, smoothed
 from farspan.ops.softmax.torch import softmax_attention_sdpa
 
@@ -20,7 +20,7 @@ def dynamic_mask_attention_torch(
 ) -> Tensor:
     """See `dynamic_mask_attention`. Four forms, the first that fits:
 
-    - causal top-w selections without a window: each key's expiry, then blocks of live keys, O(T·w);
+    - causal top-w selections: each key's expiry, then blocks of live keys, O(T·w); with a window, O(T·window);
     - w keys that every query sees: these alone, O(T·w);
     - every key chosen once for all queries, or all keys: the bias of the others is lowered, fused kernels do the rest;
     - all else, short sequences and a single query: the definition with its masks, O(T·S) memory.
@@ -29,31 +29,38 @@ def dynamic_mask_attention_torch(
     select, window, smooth = selection.select, selection.window, selection.block_size is not None
     if select == "topk_causal" and not selection.causal and window is None:
         select = "topk_global"
-    if select.startswith("topk") and selection.keep >= keys and not smooth:
+    if window is not None and window >= keys:
+        window = None
+    if select.startswith("topk") and selection.keep >= most_seen(keys, selection) and not smooth:
         select = "none"
-    selection = replace(selection, select=select)
+    selection = replace(selection, select=select, window=window)
     fast = bias.dim() == 3 and queries > 1 and queries * keys > SHORT
     few = select == "topk_global" and window is None and not smooth and drops_most(keys, selection)
     if fast and few and selection.causal:
         return _live(q, k, v, bias, scale, selection)
     if fast and few and selection.cu_seqlens is None:
         return _gathered(q, k, v, bias, scale, selection)
-    if fast and select != "topk_causal" and (window is None or selection.key_mask is None):
+    unpadded = window is None or selection.key_mask is None
+    if fast and select != "topk_causal" and unpadded:
         return _fused(q, k, v, bias, scale, selection)
-    if fast and select == "topk_causal" and selection.causal and window is None and not smooth:
+    if fast and select == "topk_causal" and selection.causal and unpadded and not smooth:
         return _live(q, k, v, bias, scale, selection)
     return dynamic_mask_attention_reference(q, k, v, bias, scale=scale, selection=selection)
 
 
 def _live(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, selection: Selection) -> Tensor:
     wide, cu_seqlens = compute_dtype(q, k, v), selection.cu_seqlens
-    bias = candidates(bias, selection)
-    expires = expiry(ranking_of(bias, selection), selection.keep, cu_seqlens)
+    bias, keep, window, chosen = candidates(bias, selection), selection.keep, selection.window, None
+    if window is None:
+        expires = expiry(ranking_of(bias, selection), keep, cu_seqlens)
+    else:
+        expires, *chosen = in_window(ranking_of(bias, selection), keep, window, cu_seqlens)
+        keep = window
     starts = torch.zeros(k.shape[1], dtype=torch.int32, device=k.device)
     if cu_seqlens is not None:
         starts = cu_seqlens[:-1][varlen.sequence_ids(cu_seqlens)]
     wide_q, wide_k, wide_v, wide_bias = (x.to(wide) for x in (q, k, v, bias))
-    out = attend_live(wide_q, wide_k, wide_v, wide_bias, expires, starts, scale=scale, keep=selection.keep)
+    out = attend_live(wide_q, wide_k, wide_v, wide_bias, expires, starts, scale=scale, keep=keep, chosen=chosen)
     return out.to(v.dtype)
 
 

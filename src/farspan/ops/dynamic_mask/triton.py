@@ -15,7 +15,7 @@ from farspan.ops._launch import INTERPRETED, Constants, compile_ahead, launch
 from farspan.ops._library import register_node
 from farspan.ops.dynamic_mask import expiry_kernels, kernels
 from farspan.ops.dynamic_mask.blocks import HIDDEN
-from farspan.ops.dynamic_mask.expiry import documents, inverse, longest_document, order_of
+from farspan.ops.dynamic_mask.expiry import documents, in_window, inverse, longest_document, order_of
 from farspan.ops.dynamic_mask.reference import Selection
 from farspan.ops.dynamic_mask.torch import candidates, ranking_of
 
@@ -49,15 +49,17 @@ def dynamic_mask_attention_triton(
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias))
         exact, packed = trains and bias.requires_grad and dtype.itemsize == 2, selection.cu_seqlens is not None
         key = q.device, dtype, bias.dtype, q.shape[2:], k.shape[2:], v.shape[3], bias.shape[2]
-        rehearse = functools.partial(_rehearse, q, k, v, bias, dtype, packed, trains, exact)
-        compile_ahead(("dynamic mask", trains, exact, packed, *key), rehearse)
+        forms = packed, selection.window is not None, trains, exact
+        rehearse = functools.partial(_rehearse, q, k, v, bias, dtype, *forms)
+        compile_ahead(("dynamic mask", *forms, *key), rehearse)
     q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
     bias = candidates(bias, selection)
-    plan = ranking_of(bias.detach(), selection), bias.detach(), selection.cu_seqlens, q.shape[1], units, selection.keep
-    expires, table = plan_node(*plan, _block_length(q, v))
+    ranking, keep, window = ranking_of(bias.detach(), selection), selection.keep, selection.window
+    tables = bias.detach(), selection.cu_seqlens, q.shape[1], units, keep, window, _block_length(q, v)
+    plan = plan_node(ranking, *tables)
     by_unit = bias.float().clamp(min=HIDDEN).transpose(1, 2)
     by_unit = by_unit.repeat_interleave(units // bias.shape[2], dim=1).contiguous()
-    out: Tensor = _Lanes.apply(q, k, v, by_unit, expires, table, scale)
+    out: Tensor = _Lanes.apply(q, k, v, by_unit, *plan, scale)
     return out.to(given)
 
 
@@ -68,14 +70,22 @@ def _of_rows(selection: Selection, rows: slice) -> Selection:
 
 
 def _rehearse(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dtype: torch.dtype, packed: bool, trains: bool, exact: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    packed: bool,
+    limited: bool,
+    trains: bool,
+    exact: bool,
 ) -> None:
     """Every launch of a call and of its gradient, on little."""
     length, units = 2 * ROWS, max(k.shape[2], bias.shape[2])
     q, k, v = (x.new_zeros(1, length, *x.shape[2:], dtype=dtype) for x in (q, k, v))
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=q.device) if packed else None
     ranking, by_unit = bias.new_zeros(1, length, bias.shape[2]), q.new_zeros(1, units, length, dtype=torch.float32)
-    plan = _plan(ranking, ranking, cu_seqlens, length, units, 1, _block_length(q, v))
+    plan = _plan(ranking, ranking, cu_seqlens, length, units, 1, 2 if limited else None, _block_length(q, v))
     saved = _attend(q, k, v, by_unit, *plan, 1.0, exact)
     if trains:
         _attend_gradient(torch.empty_like(saved[0]), q, k, v, by_unit, *plan, *saved, 1.0, exact)
@@ -122,19 +132,36 @@ def _padded(x: Tensor) -> int:
 
 
 def _plan(
-    ranking: Tensor, bias: Tensor, cu_seqlens: Tensor | None, queries: int, units: int, keep: int, size: int
-) -> tuple[Tensor, Tensor]:
-    """Expiry by unit `[B·U, S]`, 0 for hidden keys, and the lanes' keys `[B·U, blocks, W]`, −1 for none; int32."""
-    expires = expiry_triton(ranking, keep, cu_seqlens)
+    ranking: Tensor,
+    bias: Tensor,
+    cu_seqlens: Tensor | None,
+    queries: int,
+    units: int,
+    keep: int,
+    window: int | None,
+    size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Expiry `[B·U, S]`, 0 for hidden keys; ranks `[B·U, S]` and limits `[B·U, T]` of a window, otherwise empty; keys of
+    the lanes `[B·U, blocks, W]`, −1 for none; int32."""
+    if window is None:
+        expires = expiry_triton(ranking, keep, cu_seqlens)
+        ranks, limits = expires.new_empty(0), expires.new_empty(0)
+    else:
+        found = in_window(ranking, keep, window, cu_seqlens)
+        expires, ranks, limits = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in found)
+        limits, keep = limits[:, -queries:].contiguous(), window
     hidden = bias.isneginf().transpose(1, 2).reshape(expires.shape)
     table = _lanes(expires, cu_seqlens, queries, keep, size)
     expires = expires.masked_fill_(hidden, 0)
-    times = units // bias.shape[2]
-    return _by_unit(expires, bias.shape[0], times), _by_unit(table, bias.shape[0], times)
+    batch, times = bias.shape[0], units // bias.shape[2]
+    expires, ranks, limits, table = (_by_unit(x, batch, times) for x in (expires, ranks, limits, table))
+    return expires, ranks, limits, table
 
 
 def _by_unit(x: Tensor, batch: int, times: int) -> Tensor:
-    return x if times == 1 else x.unflatten(0, (batch, -1)).repeat_interleave(times, dim=1).flatten(0, 1)
+    return (
+        x if times == 1 or not x.numel() else x.unflatten(0, (batch, -1)).repeat_interleave(times, dim=1).flatten(0, 1)
+    )
 
 
 def _lanes(expires: Tensor, cu_seqlens: Tensor | None, queries: int, keep: int, size: int) -> Tensor:
@@ -156,12 +183,10 @@ def _lanes(expires: Tensor, cu_seqlens: Tensor | None, queries: int, keep: int, 
 
 class _Lanes(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, expires: Tensor, table: Tensor, scale: float
-    ) -> Tensor:
-        ctx.exact = ctx.needs_input_grad[3] and q.dtype.itemsize == 2
-        out, rest, lse = attend_node(q, k, v, bias, expires, table, scale, ctx.exact)
-        ctx.save_for_backward(q, k, v, bias, expires, table, out, rest, lse)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *plan: Any) -> Tensor:
+        (*tables, scale), ctx.exact = plan, ctx.needs_input_grad[3] and q.dtype.itemsize == 2
+        out, rest, lse = attend_node(q, k, v, bias, *tables, scale, ctx.exact)
+        ctx.save_for_backward(q, k, v, bias, *tables, out, rest, lse)
         ctx.scale = scale
         return out
 
@@ -169,13 +194,13 @@ class _Lanes(torch.autograd.Function):
     @plain_backward
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         gradients = attend_gradient_node(d_out.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.exact)
-        return (*gradients, None, None, None)
+        return (*gradients, *[None] * 5)
 
 
 class _Call:
     """Sizes of one call as the kernels take them."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, table: Tensor, exact: bool) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, limits: Tensor, table: Tensor, exact: bool) -> None:
         (self.batch, queries, self.heads, width), (keys, groups), values = q.shape, k.shape[1:3], v.shape[3]
         self.units, self.blocks, lanes = len(table) // max(self.batch, 1), table.shape[1], table.shape[2]
         # Two heads that share keys make the 128 rows of a tile. Sums of keys stay in registers: one head at a time.
@@ -187,7 +212,8 @@ class _Call:
         self.query_grid = self.blocks, self.batch * self.heads // self.pair
         size = _block_length(q, v)
         tile = size if wide else LANES
-        self.warps = 4 if max(width, values) <= 64 or wide else 8
+        limited = limits.numel() > 0
+        self.warps = 4 if (max(width, values) <= 64 and not limited) or wide else 8
         self.sizes = {
             "D": width,
             "V": values,
@@ -196,6 +222,7 @@ class _Call:
             "C": size,
             "BN": tile,
             "BL": tile,
+            "LIMITED": limited,
             "EXACT": exact,
             "TURNED": wide,
             "DOT": tl.float32 if INTERPRETED else DOT[q.dtype],
@@ -228,11 +255,20 @@ def _constants(kernel: Any, *switches: tuple[str, Any]) -> Constants:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, expires: Tensor, table: Tensor, scale: float, exact: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    expires: Tensor,
+    ranks: Tensor,
+    limits: Tensor,
+    table: Tensor,
+    scale: float,
+    exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(q, k, v, table, exact)
-    out, rest, lse = _room(q, k, v, bias, expires, table, scale, exact)
-    tensors = q, k, v, bias, expires, table, out, rest, lse, scale * LOG2E
+    call = _Call(q, k, v, limits, table, exact)
+    out, rest, lse = _room(q, k, v, exact)
+    tensors = q, k, v, bias, expires, ranks, limits, table, out, rest, lse, scale * LOG2E
     with torch.cuda.device_of(q):
         call.launch(kernels.attend_kernel, call.query_grid, tensors, call.pair, 3)
     return out, rest, lse
@@ -245,6 +281,8 @@ def _attend_gradient(
     v: Tensor,
     bias: Tensor,
     expires: Tensor,
+    ranks: Tensor,
+    limits: Tensor,
     table: Tensor,
     out: Tensor,
     rest: Tensor,
@@ -252,14 +290,18 @@ def _attend_gradient(
     scale: float,
     exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call, delta, dq = _Call(q, k, v, table, exact), torch.empty_like(lse), torch.empty_like(q)
+    call, delta, dq = _Call(q, k, v, limits, table, exact), torch.empty_like(lse), torch.empty_like(q)
     by_unit = (*k.shape[:2], call.units)
     shapes = ((*by_unit, k.shape[3]), (*by_unit, v.shape[3]), bias.shape)
     dk, dv, d_bias = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes)
     if call.past:  # keys before the first query have no block of their own
         for gradient in (dk, dv, d_bias):
             gradient.zero_()
-    inputs, scales, rows = (q, k, v, bias, expires), (scale * LOG2E, float(scale)), call.batch * call.units
+    inputs, scales, rows = (
+        (q, k, v, bias, expires, ranks, limits),
+        (scale * LOG2E, float(scale)),
+        call.batch * call.units,
+    )
     keys = lse, delta, d_out, dk, dv, d_bias, *scales
     queries = table, out, rest, lse, d_out, dq, delta, *scales
     with torch.cuda.device_of(q):
@@ -272,9 +314,8 @@ def _attend_gradient(
     return dq, dk.to(k.dtype), dv.to(v.dtype), d_bias
 
 
-def _room(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, expires: Tensor, table: Tensor, scale: float, exact: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _room(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    exact = others[-1]
     batch, queries, heads, _ = q.shape
     out = v.new_empty(batch, queries, heads, v.shape[3])
     rest = torch.empty_like(out) if exact else v.new_empty(0)
@@ -288,20 +329,29 @@ def _gradient_room(
 
 
 def _plan_room(
-    ranking: Tensor, bias: Tensor, cu_seqlens: Tensor | None, queries: int, units: int, keep: int, size: int
-) -> tuple[Tensor, Tensor]:
-    rows, blocks, lanes = ranking.shape[0] * units, -(-queries // size), -(-keep // LANES) * LANES
+    ranking: Tensor,
+    bias: Tensor,
+    cu_seqlens: Tensor | None,
+    queries: int,
+    units: int,
+    keep: int,
+    window: int | None,
+    size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, keys, blocks = ranking.shape[0] * units, ranking.shape[1], -(-queries // size)
+    lanes = -(-(keep if window is None else window) // LANES) * LANES
     make = functools.partial(ranking.new_empty, dtype=torch.int32)
-    return make(rows, ranking.shape[1]), make(rows, blocks, lanes)
+    limited = (make(0), make(0)) if window is None else (make(rows, keys), make(rows, queries))
+    return make(rows, keys), *limited, make(rows, blocks, lanes)
 
 
 plan_node = register_node(
-    "dynamic_mask_plan(Tensor ranking, Tensor bias, Tensor? cu_seqlens, SymInt queries, int units, int keep, int size)"
-    " -> (Tensor expires, Tensor table)",
+    "dynamic_mask_plan(Tensor ranking, Tensor bias, Tensor? cu_seqlens, SymInt queries, int units, int keep, "
+    "int? window, int size) -> (Tensor expires, Tensor ranks, Tensor limits, Tensor table)",
     _plan,
     _plan_room,
 )
-_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor bias, Tensor expires, Tensor table"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor bias, Tensor expires, Tensor ranks, Tensor limits, Tensor table"
 attend_node = register_node(
     f"dynamic_mask_lanes({_INPUTS}, float scale, bool exact) -> (Tensor out, Tensor rest, Tensor lse)",
     _attend,
