@@ -141,7 +141,7 @@ def _plan(
     window: int | None,
     size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Expiry `[B·U, S]`, 0 for hidden keys; ranks `[B·U, S]` and limits `[B·U, T]` of a window, otherwise empty; keys of
+    """Expiry `[B·U, S]`, 0 for hidden keys; ranks `[B·U, S]`, limits `[B·U, T]` of a window, otherwise empty; keys of
     the lanes `[B·U, blocks, W]`, −1 for none; int32."""
     if window is None:
         expires = expiry_triton(ranking, keep, cu_seqlens)
