@@ -30,7 +30,6 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 SPILLED_BYTES = 128  # of the common kernels; those for extreme chunks may need more
 # Common kernels that spill more, by name, key channels and whether the walk sums what decays keep.
 SPILLING = {
-    ("gradient_kernel", 64, False): 184,
     ("gradient_kernel", 128, False): 224,
     ("state_kernel", 128, True): 408,
 }
@@ -39,7 +38,7 @@ TABLES = {"segments", "chunks", "offsets"}
 ALWAYS_FLOAT32 = {
     "start", "end", "lost", "added", "initial", "final", "centre", "half", "u", "du", "rstd", "d_weight", "a", "b",
     "log_count", "own_scale", "parts", "x_scale", "y_scale", "q_scale", "k_scale", "step", "total", "asked", "kept",
-    "dw", "net", "left", "skipped", "line",
+    "dw", "net", "left", "skipped",
 }  # fmt: skip
 
 

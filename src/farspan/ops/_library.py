@@ -31,3 +31,11 @@ def register_node(schema: str, run: Callable[..., Any], shapes: Callable[..., An
     torch.library.register_fake(f"farspan::{name}", shapes, lib=_LIBRARY)
     node: Callable[..., Any] = getattr(torch.ops.farspan, name).default
     return node
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has numbers of its own in memory, as traced and vectorised ones have not."""
+    try:
+        return type(tensor) is torch.Tensor and tensor.data_ptr() != 0
+    except RuntimeError:
+        return False

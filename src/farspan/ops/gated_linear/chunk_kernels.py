@@ -9,6 +9,7 @@ import triton.language as tl
 
 from farspan.ops.gated_linear.kernels import (
     INTEGERS,
+    _gate,
     cumsum,
     exp,
     is_extreme,
@@ -18,6 +19,9 @@ from farspan.ops.gated_linear.kernels import (
     sigmoid,
     write_output,
 )
+
+# Rows of a chunk up to which sums over them are exact.
+FEW = tl.constexpr(8)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -83,6 +87,18 @@ def row_kernel(
         tl.store(du + o_r, b_du, mask=m_r)
 
 
+@triton.jit
+def sum_of_few(q, gate, du, row, count, o_k, m_k, tau, H, K: tl.constexpr, FAST: tl.constexpr):
+    """`sum_t du_t q_t k_t` of so few rows that the rounding of k~ to 16 bits is not averaged away."""
+    b_sum = tl.zeros(o_k.shape, tl.float32)
+    for i in range(count):
+        offset = (row + i * H) * K + o_k
+        b_q = tl.load(q + offset, mask=m_k, other=0.0).to(tl.float32)
+        _, b_k = _gate(tl.load(gate + offset, mask=m_k, other=0.0).to(tl.float32), tau, FAST)
+        b_sum += tl.load(du + row + i * H) * b_q * b_k
+    return b_sum
+
+
 @triton.jit(do_not_specialize=INTEGERS)
 def gradient_kernel(
     k, q_tilde, k_tilde, v, gate, half, weight, d_out, states, d_states, dq, dk, d_gate, du, d_weight, kept,
@@ -136,6 +152,14 @@ def gradient_kernel(
     b_at_end = b_kept + tl.sum(b_k.to(tl.float32) * b_dk, axis=0)
     b_dq = tl.dot(b_da, b_k, b_dq, input_precision=PRECISION)
     b_dk = tl.dot(b_dat, b_q, b_dk, input_precision=PRECISION)
+    if AUGMENT:
+        # With their decays as they are: those of queries and keys cancel.
+        b_du = tl.load(du + row + o_t * H, mask=m_t, other=0.0)[:, None] / scale
+        b_w = tl.load(weight + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
+        b_dq += b_du * b_w * b_k.to(tl.float32)
+        b_dk += b_du * b_w * b_q.to(tl.float32)
+        b_dw = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32) * b_du, axis=0)
+        tl.store(d_weight + place * K + o_k, b_dw, mask=o_k < tl.where(last - t > FEW, K, 0))
     if DECAY == 0:
         tl.store(dq + base + o_x, (b_dq * scale).to(dq.dtype.element_ty), mask=mask)
         tl.store(dk + base + o_x, b_dk.to(dk.dtype.element_ty), mask=mask)
@@ -144,23 +168,12 @@ def gradient_kernel(
         _, _, b_g = key_and_decay(k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, FAST)
         b_half = tl.load(half + place * K + o_k, mask=m_k, other=0.0)
         b_offset = cumsum(tl.where((o_t == 0)[:, None], 0.0, b_g), False, BT, FAST, PART) + b_half[None, :]
-        b_up = exp(b_offset, FAST)
-        b_key = tl.load(k_tilde + base + o_x, mask=mask, other=0.0).to(tl.float32) * b_up
-        b_dq *= b_up * scale
-        if AUGMENT:
-            b_du = tl.load(du + row + o_t * H, mask=m_t, other=0.0)[:, None]
-            b_w = tl.load(weight + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
-            b_dq += b_du * b_key * b_w
+        b_dq *= exp(b_offset, FAST) * scale
+        b_dk *= exp(-b_offset, FAST)
         tl.store(dq + base + o_x, b_dq.to(dq.dtype.element_ty), mask=mask)
-        b_down = exp(-b_offset, FAST)
-        b_dk *= b_down
-        if AUGMENT:
-            b_duq = tl.load(q_tilde + base + o_x, mask=mask, other=0.0).to(tl.float32) * b_down * (b_du / scale)
-            tl.store(d_weight + place * K + o_k, tl.sum(b_duq * b_key, axis=0), mask=m_k)
-            b_dk += b_duq * b_w
         if DECAY == 3:
             b_z = tl.load(gate + base + o_x, mask=mask, other=0.0).to(tl.float32)
-            b_dz = (b_dg - (1 - b_key) * b_dk) * sigmoid(-b_z, FAST) * (1 / tau)
+            b_dz = (b_dg - exp(b_g, FAST) * b_dk) * sigmoid(-b_z, FAST) * (1 / tau)
             tl.store(d_gate + base + o_x, b_dz.to(d_gate.dtype.element_ty), mask=mask)
         else:
             tl.store(dk + base + o_x, b_dk.to(dk.dtype.element_ty), mask=mask)
@@ -169,3 +182,6 @@ def gradient_kernel(
             if DECAY == 1:
                 b_sum = tl.sum(tl.where(m_k[None, :], b_dg, 0.0), axis=1)
                 tl.store(d_gate + row + o_t * H, b_sum.to(d_gate.dtype.element_ty), mask=m_t)
+    if AUGMENT and last - t <= FEW:
+        b_dw = sum_of_few(k, gate, du, row, last - t, o_k, m_k, tau, H, K, FAST)
+        tl.store(d_weight + place * K + o_k, b_dw, mask=m_k)

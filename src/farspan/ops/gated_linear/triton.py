@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from farspan.ops._contract import plain_backward
 from farspan.ops._launch import compile_ahead
-from farspan.ops._library import register_node
+from farspan.ops._library import has_memory, register_node
 from farspan.ops.gated_linear import launches
 from farspan.ops.gated_linear.launches import Form
 from farspan.ops.gated_linear.plan import cut, most_chunks
@@ -87,17 +87,24 @@ class _Attention(torch.autograd.Function):
         if not torch.compiler.is_compiling():  # where a missing gradient costs nothing anyway
             ctx.set_materialize_grads(False)
         ctx.save_for_backward(*arguments[:7], out, *rest)
-        ctx.form = arguments[7:]
+        ctx.form, ctx.spent = arguments[7:], False
         return out, final
 
     @staticmethod
     @plain_backward
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        d_out, d_final = gradients
-        q, k, v, gate, weight, initial, cu_seqlens, out, *rest = ctx.saved_tensors
-        dq, dk, dv, d_gate, d_weight, d_initial = attention_gradient_node(
-            d_out, d_final, q, k, v, gate, weight, initial, cu_seqlens, out, *rest, *ctx.form
-        )
+        *inputs, out, q_tilde, k_tilde, centre, half, u, states, rstd = ctx.saved_tensors
+        if ctx.spent:
+            _, _, q_tilde, k_tilde, *_ = attention_node(*inputs, *ctx.form)
+        given = (*gradients, *inputs, out, q_tilde, k_tilde, centre, half, u, states, rstd, *ctx.form)
+        if torch.compiler.is_compiling() or not all(has_memory(x) for x in (*gradients, q_tilde) if x is not None):
+            results = attention_gradient_node(*given)
+        else:
+            # The room of q~ and k~ becomes that of gradients: a later backward of this node makes them anew.
+            ctx.spent = True
+            results = _backward(*given, room=(q_tilde, k_tilde))
+        _, k, _, gate, weight, initial, _ = inputs
+        dq, dk, dv, d_gate, d_weight, d_initial = results
         return (
             dq,
             None if k is None else dk,
@@ -172,12 +179,24 @@ def _gradients(
     cu_seqlens: Tensor | None,
     out: Tensor,
     *rest: Any,
+    room: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, ...]:
-    """Room for the gradients, empty where there is no such tensor; that of the initial state last."""
-    like = (q, k, v, gate, weight)
+    """Room for the gradients, empty where there is no such tensor; that of the initial state last.
+
+    Where `room` is given and of the right dtype, those of q and of what the key comes from have it.
+    """
+
+    def like(x: Tensor | None, room: Tensor | None = None) -> Tensor:
+        if x is None:
+            return q.new_empty(0)
+        # `.data`: whoever changes a gradient in place does not change what the node keeps, in autograd's eyes.
+        return torch.empty_like(x) if room is None or room.dtype != x.dtype else room.data
+
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     d_initial = q.new_empty(sequences, *q.shape[2:], v.shape[-1], dtype=torch.float32)
-    return *(q.new_empty(0) if x is None else torch.empty_like(x) for x in like), d_initial
+    d_key = like(gate if k is None else k, room[1])
+    dk, d_gate = (like(k), d_key) if k is None else (d_key, like(gate))
+    return like(q, room[0]), dk, like(v), d_gate, like(weight), d_initial
 
 
 def _backward(
@@ -192,8 +211,9 @@ def _backward(
     cu_seqlens: Tensor | None,
     out: Tensor,
     *rest: Any,
+    room: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, ...]:
-    results = _gradients(d_out, d_final, q, k, v, gate, weight, initial, cu_seqlens, out, *rest)
+    results = _gradients(d_out, d_final, q, k, v, gate, weight, initial, cu_seqlens, out, *rest, room=room)
     if v.numel() == 0:
         for gradient in results:
             gradient.zero_()
