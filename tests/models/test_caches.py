@@ -116,6 +116,21 @@ def test_steps_in_place_leave_what_autograd_has_saved(mix: str) -> None:
         torch.testing.assert_close(with_steps, without, rtol=0, atol=0)
 
 
+def test_a_cache_of_a_failed_pass_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny("hybrid"), text()
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(ids[:, :5], past_key_values=cache)
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model.layers[-1], "forward", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                model(ids[:, 5:], past_key_values=cache)
+        with pytest.raises(ConfigError, match="torn: a forward pass that wrote to it failed half-way"):
+            model(ids[:, 5:], past_key_values=cache)
+        cache.reset()
+        model(ids, past_key_values=cache)
+
+
 def test_a_cache_of_another_model_is_refused() -> None:
     ids, cache = text(), tiny("softmax").new_cache()
     with pytest.raises(ConfigError, match=r"of another model \(of softmax; this one is of metala\)"):

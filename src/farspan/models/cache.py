@@ -43,14 +43,20 @@ class FarspanCache(Cache):
         super().__init__(layers=list(layers))
         self.mixers = list(mixers)
         self.used_up = False
+        self.interrupted = False
         self.context_length = context_length
         self.tokens_seen = 0
         self.next_positions: Tensor | None = None
+
+    def begin(self) -> None:
+        """Says that layers are about to write: until `advance`, some may have read tokens that others have not."""
+        self.interrupted = True
 
     def advance(self, length: int, next_positions: Tensor | None) -> None:
         """Records that `length` tokens per row were read; `next_positions` is `[B]`."""
         self.tokens_seen += length
         self.next_positions = next_positions
+        self.interrupted = False
 
     def taken(self) -> "FarspanCache":
         """A cache with the memories of this one, which is used up: what changes them in place keeps no books here."""
@@ -122,7 +128,7 @@ class FarspanCache(Cache):
     def reset(self) -> None:
         for layer in self.layers:
             layer.reset()
-        self.tokens_seen, self.next_positions = 0, None
+        self.tokens_seen, self.next_positions, self.interrupted = 0, None, False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the newest |tokens_to_remove| tokens (transformers passes a negative number).

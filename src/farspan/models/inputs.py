@@ -49,7 +49,8 @@ def check_cache(cache: FarspanCache | None, mixers: Sequence[str], rows: int, ca
     """Refuses a cache that does not belong to this model and batch; one that does may be written to from here on.
 
     Raises:
-        ConfigError: for another class, a cache that is used up or of other mixers, or where the model looks both ways.
+        ConfigError: for another class, a cache that is used up, torn or of other mixers, and where the model looks both
+            ways.
         ShapeError: for another depth or number of rows.
     """
     if cache is None:
@@ -58,6 +59,11 @@ def check_cache(cache: FarspanCache | None, mixers: Sequence[str], rows: int, ca
         raise ConfigError(f"past_key_values is a {type(cache).__name__}; Farspan needs model.new_cache().")
     if cache.used_up:
         raise ConfigError("past_key_values was used up by `decode`; give model.new_cache().")
+    if cache.interrupted:
+        raise ConfigError(
+            "past_key_values is torn: a forward pass that wrote to it failed half-way, so that its layers have read "
+            "different tokens; read the text again with model.new_cache()."
+        )
     if not causal:
         raise ConfigError("past_key_values needs causal=true: a model that looks both ways has no past to keep.")
     if len(cache.layers) != len(mixers):

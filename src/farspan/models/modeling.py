@@ -171,6 +171,8 @@ class FarspanModel(FarspanPreTrainedModel):
 
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         states = [x] if keep_all else None
+        if past_key_values is not None:
+            past_key_values.begin()
         records: list[AuxiliaryRecord | None] = []
         for i, layer in enumerate(self.layers):
             x, aux = layer(x, layout=layout, cache=None if past_key_values is None else past_key_values.layers[i])
