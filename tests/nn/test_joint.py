@@ -42,6 +42,14 @@ def test_weights_are_held_once_while_joined_and_apart_afterwards() -> None:
     assert gate.untyped_storage().nbytes() == gate.nbytes
 
 
+def test_a_model_that_has_generated_in_inference_mode_can_be_trained() -> None:
+    model, ids = tiny("metala"), torch.randint(1, 61, (2, 9))
+    with torch.inference_mode():
+        assert len(list(decode(model, ids, max_new_tokens=3))) == 3
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    model(ids, labels=ids).loss.backward()
+
+
 def test_what_is_no_plain_linear_map_stays_apart() -> None:
     class Adapted(nn.Linear):
         pass

@@ -19,6 +19,7 @@ class Joint:
         linears: maps of the same input width.
     """
 
+    @torch.inference_mode(False)  # what is made in inference mode could not be trained afterwards
     def __init__(self, linears: list[nn.Linear]) -> None:
         self._linears = linears
         self._sizes = [linear.out_features for linear in linears]
@@ -40,6 +41,7 @@ class Joint:
         """`[..., D]` → what each map gives, as slices of one tensor."""
         return F.linear(x, self._weight, self._bias).split(self._sizes, dim=-1)
 
+    @torch.inference_mode(False)
     def undo(self) -> None:
         """Gives every map parameters of its own again."""
         for linear in self._linears:
