@@ -32,7 +32,8 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 SPILLED_BYTES = 128
 # Gradients of dynamic mask that spill more: they hold what they read, and both of their sums.
 SPILLING = {("query gradient", 80): 216, ("wide query gradient", 80): 144, ("lane gradient", 80): 200}
-SPILLING |= {("wide lane gradient", 90): 240}
+SPILLING |= {("wide lane gradient", 90): 240, ("limited attend", 80): 160, ("limited query gradient", 80): 480}
+SPILLING |= {("limited lane gradient", 80): 200}
 FLOAT32 = {"lses", "total", "base_lse", "cos", "sin", "bias", "lse", "delta", "dk", "dv", "d_bias", "line", "sums"}
 FLOAT32 |= {"hidden", "coefficients", "weights", "d_hidden", "d_weights", "sums"}
 TABLES = {"table", "expires", "limits", "ranks", "windows", "ends", "starts", "before", "offsets"}
@@ -119,10 +120,10 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], int, int, bool]] = {
     "query gradient": (lanes.query_gradient_kernel, TILES, 4, 2, True),
     "own gradient": (lanes.own_gradient_kernel, TILES | {"QB": 1}, 4, 1, True),
     "lane gradient": (lanes.lane_gradient_kernel, TILES | {"QB": 1}, 4, 1, True),
-    "limited attend": (lanes.attend_kernel, TILES | {"LIMITED": True}, 8, 3, True),
-    "limited query gradient": (lanes.query_gradient_kernel, TILES | {"LIMITED": True}, 8, 2, True),
-    "limited own gradient": (lanes.own_gradient_kernel, TILES | {"QB": 1, "LIMITED": True}, 8, 1, True),
-    "limited lane gradient": (lanes.lane_gradient_kernel, TILES | {"QB": 1, "LIMITED": True}, 8, 1, True),
+    "limited attend": (lanes.attend_kernel, TILES | {"LIMITED": True}, 4, 3, True),
+    "limited query gradient": (lanes.query_gradient_kernel, TILES | {"LIMITED": True}, 4, 2, True),
+    "limited own gradient": (lanes.own_gradient_kernel, TILES | {"QB": 1, "LIMITED": True}, 4, 1, True),
+    "limited lane gradient": (lanes.lane_gradient_kernel, TILES | {"QB": 1, "LIMITED": True}, 4, 1, True),
     "wide attend": (lanes.attend_kernel, TILES | WIDE, 8, 3, True),
     "wide query gradient": (lanes.query_gradient_kernel, TILES | WIDE, 8, 2, True),
     "wide own gradient": (lanes.own_gradient_kernel, TILES | WIDE | {"QB": 1}, 8, 1, True),

@@ -155,7 +155,7 @@ def test_norm_and_rotation_match_the_formula(heads: int, groups: int, width: int
     assert_same(results(whole, x), results(op, x), tolerances.BFLOAT16 / 2)
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize("heads", [(4, 2, 2), (3, 3, 1), (8, 2, 2), (2, 1, 2)], ids=str)
 @pytest.mark.parametrize(("queries", "keys", "width"), [(500, 500, 64), (100, 700, 32), (333, 333, 128)])
 def test_dynamic_mask_matches_torch(
@@ -172,6 +172,19 @@ def test_dynamic_mask_with_padding_or_packed_matches_torch() -> None:
     x["bias"] = torch.randn(1, 600, 2, device="cuda")
     compare(partial(dynamic_mask_attention, keep=100, key_mask=torch.rand(1, 600, device="cuda") < 0.7), x)
     compare(partial(dynamic_mask_attention, keep=100, cu_seqlens=boundaries([250, 0, 1, 349]).cuda()), x)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize(("heads", "width", "window"), [((4, 2, 1), 64, 257), ((3, 3, 3), 128, 400)])
+def test_dynamic_mask_of_a_window_matches_the_definition(
+    heads: tuple[int, int, int], width: int, window: int, dtype: torch.dtype
+) -> None:
+    query_heads, key_heads, bias_heads = heads
+    key, bounds = (1, 700, key_heads, width), boundaries([250, 0, 1, 449]).cuda()
+    x = normal(dtype, q=(1, 700, query_heads, width), k=key, v=key)
+    x["bias"] = torch.randn(1, 700, bias_heads, device="cuda").round()
+    compare(partial(dynamic_mask_attention, keep=100, window=window), x, "reference")
+    compare(partial(dynamic_mask_attention, keep=100, window=window, cu_seqlens=bounds), x, "reference")
 
 
 @pytest.mark.slow

@@ -72,7 +72,8 @@ def dynamic_mask_attention(
         key_mask: `[B, S]` bool or integer, True or 1 = a real key.
         cu_seqlens: `[num_seqs + 1]` int32 boundaries of documents packed in one row (B = 1, S = T); each selects alone.
         backend: `"auto"`, `"reference"`, `"torch"` or `"triton"` (kernels: no float64, K and V ≤ 128, a causal top-k
-            with a bias per key, no window, no smoothing; `topk_global` from S ≥ 4w on).
+            with a bias per key, no smoothing; `topk_global` from S ≥ 4w on; a window with `topk_causal` and without
+            key_mask alone).
 
     Returns:
         `[B, T, H, V]` in v's dtype; a query without any key gives 0. The bias has a gradient at the kept keys only; the

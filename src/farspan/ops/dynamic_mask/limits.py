@@ -26,8 +26,8 @@ def option_limits(q: Tensor, k: Tensor, bias: Tensor, selection: Selection) -> s
         return "the kernels serve top-k selections with causal=True and a bias per key"
     if selection.block_size is not None:
         return "the kernels have no block_size"
-    if selection.window is not None:
-        return "the kernels have no window"
+    if selection.window is not None and (selection.select != "topk_causal" or selection.key_mask is not None):
+        return "the kernels take a window with select='topk_causal' and without key_mask alone"
     if selection.keep >= most_seen(k.shape[1], selection):
         return f"keep={selection.keep} drops none of {most_seen(k.shape[1], selection)} keys"
     if selection.select == "topk_global" and not drops_most(k.shape[1], selection):

@@ -212,8 +212,7 @@ class _Call:
         self.query_grid = self.blocks, self.batch * self.heads // self.pair
         size = _block_length(q, v)
         tile = size if wide else LANES
-        limited = limits.numel() > 0
-        self.warps = 4 if (max(width, values) <= 64 and not limited) or wide else 8
+        self.warps = 4 if max(width, values) <= 64 or wide else 8
         self.sizes = {
             "D": width,
             "V": values,
@@ -222,7 +221,7 @@ class _Call:
             "C": size,
             "BN": tile,
             "BL": tile,
-            "LIMITED": limited,
+            "LIMITED": limits.numel() > 0,
             "EXACT": exact,
             "TURNED": wide,
             "DOT": tl.float32 if INTERPRETED else DOT[q.dtype],
