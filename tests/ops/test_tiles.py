@@ -66,6 +66,29 @@ def test_warps_and_stages_of_kernels_that_share_a_table_are_measured_too() -> No
     assert rows._schedule("walk.values", (64, 64, 2), constants, 0) == (constants, rows.WARPS)
 
 
+def test_warps_and_stages_of_kernels_without_tiles_of_their_own_are_measured_too() -> None:
+    pytest.importorskip("triton")
+    from farspan.ops import _launch
+    from farspan.ops.dynamic_mask.kernels import attend_kernel
+    from farspan.ops.gated_linear.kernels import state_kernel
+
+    constants = _launch.Constants({"D": 64, "PRECISION": "ieee", "SEGMENTS": (2, 4)})
+    key = "dynamic_mask.attend_kernel D=64 PRECISION=ieee SEGMENTS=(2,4) 224"
+
+    def asked() -> tuple[int, int]:
+        return _launch._schedule(attend_kernel, constants, (2, 2, 4), 4, 3, 0)
+
+    assert asked() == (4, 3)
+    assert len(_tiles.candidates()[key]) == 12
+    _launch._compiled["a launch"] = None, ()
+    with _tiles.trial({key: (8, 2)}):
+        assert asked() == (8, 2)
+        assert not _launch._compiled, "kernels of other warps are still there"
+    assert asked() == (4, 3)
+    assert _launch._schedule(state_kernel, constants, (2,), 4, 3, 0) == (4, 3)
+    assert all("state_kernel" not in kernel for kernel in _tiles.candidates())
+
+
 def test_tiles_on_trial_come_first_and_go_again() -> None:
     cleared: list[bool] = []
     _tiles.remembered(lambda: cleared.append(True))

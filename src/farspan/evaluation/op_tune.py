@@ -12,7 +12,9 @@ from farspan.evaluation.op_workload import Workload
 from farspan.ops import _tiles
 from farspan.ops._tiles import Tile
 
-TUNED = ("metala", "gated_linear", "cosine", "ssd")
+TUNED = (
+    "metala", "gated_linear", "cosine", "ssd", "short_convolution", "dilated", "dynamic_mask", "cdmoe",
+)  # fmt: skip
 # A tile replaces the shipped one when it saves this share of the time, which is more than runs differ by.
 LEAST_GAIN = 0.03
 # Largest difference from what the shipped tiles compute, relative to the largest entry: sums in another order.

@@ -15,6 +15,10 @@ import torch
 import triton
 from torch import Tensor
 
+from farspan.ops._tiles import measured, remembered
+
+# Packages whose kernels ask for their tiles themselves, warps and stages included.
+OWN_TILES = ("gated_linear", "ssd")
 # The interpreter takes every launch as it comes, and knows no compiler.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -54,8 +58,8 @@ def launch(
         grid: number of programs along one to three axes; no program, no launch.
         arguments: tensors and numbers, in the kernel's order.
         constants: the kernel's compile-time arguments, all of those that follow; the same object at every launch.
-        warps: warps of a program.
-        stages: depth of the pipelines of loops.
+        warps: warps of a program, unless others were measured on the card.
+        stages: depth of the pipelines of loops, likewise.
         registers: most registers of a thread, so that more programs share a multiprocessor; None leaves it open.
     """
     if 0 in grid:
@@ -81,6 +85,8 @@ def launch(
         binary, rest = known
         binary[(*grid, 1, 1)[:3]](*arguments, *rest)
         return
+    sizes = tuple(x.itemsize for x in kinds if isinstance(x, torch.dtype))
+    warps, stages = _schedule(kernel, constants, sizes, warps, stages, device)
     options = {**constants, "num_warps": warps, "num_stages": stages, "maxnreg": registers}
     if _rehearsal.jobs is not None:
         _rehearsal.jobs.append((key, functools.partial(_compile, device, kernel, grid, arguments, options)))
@@ -92,6 +98,29 @@ def launch(
     binary = kernel[grid](*arguments, **options)
     if aligned:
         _compiled[key] = binary, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+
+
+@functools.cache
+def _schedule(
+    kernel: Any, constants: Constants, sizes: tuple[int, ...], warps: int, stages: int, device: int
+) -> tuple[int, int]:
+    """Warps and stages of a kernel: those that were measured on the card, otherwise the given ones."""
+    package = kernel.__module__.split(".")[-2]
+    if package in OWN_TILES:
+        return warps, stages
+    numbers = [f"{name}={value}".replace(" ", "") for name, value in constants.items()]
+    name, around = f"{package}.{kernel.__name__}", (max(1, warps // 2), warps, min(16, 2 * warps))
+    candidates = [(w, s) for w in around for s in (1, 2, 3, 4)]
+    return measured(name, (*numbers, "".join(map(str, sizes))), (warps, stages), candidates, device)
+
+
+def _forget() -> None:
+    """Kernels of other warps and stages are wanted from now on."""
+    _schedule.cache_clear()
+    _compiled.clear()
+
+
+remembered(_forget)
 
 
 def compile_ahead(key: Hashable, rehearse: Callable[[], object]) -> None:

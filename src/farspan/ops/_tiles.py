@@ -32,12 +32,12 @@ _asked: dict[str, Tile] = {}
 _forget: list[Callable[[], None]] = []
 
 
-def measured(kernel: str, numbers: Sequence[int], shipped: T, candidates: Sequence[T], device: int) -> T:
+def measured(kernel: str, numbers: Sequence[object], shipped: T, candidates: Sequence[T], device: int) -> T:
     """The tile of a kernel on a card.
 
     Args:
         kernel: the kernel's name, `operator.kernel`.
-        numbers: what the tile depends on, such as channels and bytes of an operand.
+        numbers: what the tile depends on, such as channels and bytes of an operand; words without blanks.
         shipped: the tile where nothing was measured.
         candidates: the tiles that a tuner may choose; others in a table are refused.
         device: index of the card.
