@@ -109,9 +109,9 @@ def _schedule(
     if package in OWN_TILES:
         return warps, stages
     numbers = [f"{name}={value}".replace(" ", "") for name, value in constants.items()]
-    name, around = f"{package}.{kernel.__name__}", (max(1, warps // 2), warps, min(16, 2 * warps))
-    candidates = [(w, s) for w in around for s in (1, 2, 3, 4)]
-    return measured(name, (*numbers, "".join(map(str, sizes))), (warps, stages), candidates, device)
+    others = [(max(1, warps // 2), stages), (min(16, 2 * warps), stages), *((warps, depth) for depth in (1, 2, 3, 4))]
+    numbers.append("".join(map(str, sizes)))
+    return measured(f"{package}.{kernel.__name__}", numbers, (warps, stages), others, device)
 
 
 def _forget() -> None:
