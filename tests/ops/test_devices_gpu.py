@@ -40,7 +40,7 @@ def compare(run: Callable[[], Named]) -> None:
 def test_operators(name: str, compiled: bool) -> None:
     workload = CASES[name].make(2, 330, torch.bfloat16, OTHER)
     torch.compiler.reset()
-    call = torch.compile(workload.call, backend="aot_eager") if compiled else workload.call
+    call = torch.compile(workload.call, backend="aot_eager", fullgraph=True) if compiled else workload.call
 
     def run() -> Named:
         workload.forget()

@@ -43,8 +43,8 @@ def rotary_pair(
 ) -> tuple[Tensor, Tensor]:
     """`apply_rotary` of queries and keys at the same places; on a GPU one kernel forward and one backward.
 
-    With norms, x / sqrt(mean(x²) + eps) · w over the channels comes first; `backend="triton"` does both in one pass
-    where all channels are rotated.
+    With norms, x / sqrt(mean(x²) + eps) · w over the channels comes first; where all channels are rotated, the kernel
+    does both in one pass.
 
     Args:
         q, k: `[B, T, H, K]` and `[B, T, G, K]`.
@@ -84,7 +84,7 @@ def rotary_pair(
     for norm in norms:
         contract.tensor("norms", norm, "K")
     part = "the kernels of norms rotate all channels" if 2 * cos.shape[-1] < q.shape[-1] else None
-    implementation = resolve("normed_rotary_pair", backend, (q, k), beyond_kernels=part)
+    implementation = resolve("normed_rotary_pair", backend, (q, k, *norms), beyond_kernels=part)
     with without_autocast(q):
         normed_pair: tuple[Tensor, Tensor] = implementation(q, k, cos, sin, norms, norm_eps, interleaved)
     return normed_pair
@@ -122,5 +122,4 @@ register(
     torch=normed_rotary_pair_torch,
     triton="farspan.ops.rotary_norm_triton:normed_rotary_pair_triton",
     triton_limits=no_double,
-    automatic=False,
 )

@@ -18,10 +18,10 @@ MOST_KEYS, MOST_CHOSEN, WIDEST = 1024, 256, 16384
 
 def too_wide(tensors: Sequence[Tensor]) -> str | None:
     """Why the kernels of experts cannot serve tokens, ..., and a table; None if they can."""
-    wider = max(tensors[0], tensors[-1], key=Tensor.element_size)
-    most = WIDEST // wider.element_size()
-    if wider.shape[1] > most:
-        return f"the kernels hold rows of at most D={most} numbers of {wider.dtype}, not {wider.shape[1]}"
+    tokens, table = tensors[0], tensors[-1]
+    size, width = max(tokens.element_size(), table.element_size()), table.shape[1]
+    if width * size > WIDEST:
+        return f"the kernels hold rows of at most D={WIDEST // size} numbers of {size} bytes, not {width}"
     return no_double(tensors)
 
 
