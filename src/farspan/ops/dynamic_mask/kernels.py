@@ -6,8 +6,9 @@ living keys whose rank reaches its limit. The gradient of queries walks along th
 keys walks along the blocks of some lanes, holds 64 keys at a time, and gives a key's sum away when another takes its
 lane: every pair is met once, nothing is added atomically.
 
-A gradient of the bias is a sum of differences, d_out·v − d_out·out, and a sum of a thousand of them shows what rounding
-takes from the weights and from the output. Where that gradient is wanted, both are taken into account.
+A gradient of the bias is a sum of differences, d_out·v − delta with delta = d_out·out, and a sum of a thousand of them
+shows what rounding takes from the output. A row's gradients of scores sum to 0 with the right delta: what they sum to
+is what rounding took, and the gradients of keys and biases, which come last, take delta with it.
 """
 
 # mypy: ignore-errors
@@ -42,7 +43,7 @@ def _kept(ranks, limit, j, mask):
 
 
 @triton.jit
-def _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, EXACT: tl.constexpr, DOT: tl.constexpr,
+def _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, DOT: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     """One tile of keys of the online softmax; scores in bits."""
     s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale + b_bias[None, :]
@@ -52,10 +53,7 @@ def _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, EXACT: t
     p = tl.exp2(s - finite[:, None])
     shrink = tl.exp2(top - finite)
     weight = weight * shrink + tl.sum(p, 1)
-    rounded = p.to(DOT)
-    acc = acc * shrink[:, None] + tl.dot(rounded, b_v, input_precision=PRECISION)
-    if EXACT:
-        acc += tl.dot((p - rounded.to(tl.float32)).to(DOT), b_v, input_precision=PRECISION)
+    acc = acc * shrink[:, None] + tl.dot(p.to(DOT), b_v, input_precision=PRECISION)
     return higher, weight, acc
 
 
@@ -71,11 +69,11 @@ def _group(H, G, U, B, QB: tl.constexpr):
 
 @triton.jit(do_not_specialize=["B", "T", "S", "H", "G", "U", "blocks", "W", "first_row"])
 def attend_kernel(
-    q, k, v, bias, expires, ranks, limits, table, out, rest, lse, scale, B, T, S, H, G, U, blocks, W, first_row,
+    q, k, v, bias, expires, ranks, limits, table, out, lse, scale, B, T, S, H, G, U, blocks, W, first_row,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, QB: tl.constexpr,
-    BN: tl.constexpr, LIMITED: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, LIMITED: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output `[B, T, H, V]`, its rounding if `EXACT`, log-sum-exp in bits `[B, H, T]`, of QB heads of a block."""
+    """Output `[B, T, H, V]` and log-sum-exp in bits `[B, H, T]` of QB heads of a block."""
     block = tl.program_id(0)
     batch, head, unit, g = _group(H, G, U, B, QB)
     m = tl.arange(0, QB * C)
@@ -100,22 +98,18 @@ def attend_kernel(
         seen = place[:, None] < gone[None, :]
         if LIMITED:
             seen = seen & _kept(ranks, limit, tl.maximum(j, 0), j >= 0)
-        top, weight, acc = _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, EXACT, DOT, PRECISION)
+        top, weight, acc = _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, DOT, PRECISION)
     j = first_row + block * C + tl.arange(0, C)
     b_k, b_v, b_bias, gone = _keys(k, v, bias, expires, j, j < S, g, G, D, V, BD, BV, DOT)
     seen = (place[:, None] < gone[None, :]) & (place[:, None] >= j[None, :])
     if LIMITED:
         seen = seen & _kept(ranks, limit, j, j < S)
-    top, weight, acc = _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, EXACT, DOT, PRECISION)
+    top, weight, acc = _softmax_step(b_q, b_k, b_v, b_bias, seen, scale, top, weight, acc, DOT, PRECISION)
     empty = weight == 0.0
     acc = acc / tl.where(empty, 1.0, weight)[:, None]
     c = tl.arange(0, BV)
     place = ((batch * T + row) * H + heads)[:, None] * V + c[None, :]
-    rounded = acc.to(out.dtype.element_ty)
-    tl.store(out + place, rounded, mask=real[:, None] & (c < V)[None, :])
-    if EXACT:
-        taken = acc - rounded.to(tl.float32)
-        tl.store(rest + place, taken.to(rest.dtype.element_ty), mask=real[:, None] & (c < V)[None, :])
+    tl.store(out + place, acc.to(out.dtype.element_ty), mask=real[:, None] & (c < V)[None, :])
     tl.store(lse + (batch * H + heads) * T + row, top + tl.log2(tl.where(empty, 1.0, weight)), mask=real)
 
 
@@ -135,10 +129,10 @@ def _score_gradient(b_q, b_do, b_k, b_v, b_bias, seen, b_lse, delta, scale, TURN
 
 @triton.jit(do_not_specialize=["B", "T", "S", "H", "G", "U", "blocks", "W", "first_row"])
 def query_gradient_kernel(
-    q, k, v, bias, expires, ranks, limits, table, out, rest, lse, d_out, dq, delta, scale, plain_scale, B, T, S, H, G,
+    q, k, v, bias, expires, ranks, limits, table, out, lse, d_out, dq, delta, scale, plain_scale, B, T, S, H, G,
     U, blocks, W, first_row,
     D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, QB: tl.constexpr,
-    BN: tl.constexpr, LIMITED: tl.constexpr, EXACT: tl.constexpr, TURNED: tl.constexpr, DOT: tl.constexpr,
+    BN: tl.constexpr, LIMITED: tl.constexpr, TURNED: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta = Σ out·d_out `[B, H, T]` for the gradients of keys; transposed, float32 stays in registers."""
@@ -150,10 +144,7 @@ def query_gradient_kernel(
     b_q = _rows(q + batch * T * H * D, row, heads, real, T, H, D, BD, DOT)
     b_do = _rows(d_out + batch * T * H * V, row, heads, real, T, H, V, BV, DOT)
     b_out = _rows(out + batch * T * H * V, row, heads, real, T, H, V, BV, tl.float32)
-    if EXACT:
-        b_out += _rows(rest + batch * T * H * V, row, heads, real, T, H, V, BV, tl.float32)
     b_delta = tl.sum(b_out * b_do.to(tl.float32), 1)
-    tl.store(delta + (batch * H + heads) * T + row, b_delta, mask=real)
     b_lse = tl.load(lse + (batch * H + heads) * T + row, mask=real, other=float("inf"))
     k += batch * S * G * D
     v += batch * S * G * V
@@ -165,6 +156,7 @@ def query_gradient_kernel(
         ranks += (batch * U + unit) * S
         limit = tl.load(limits + (batch * U + unit) * T + row, mask=real, other=0)
     acc = tl.zeros((QB * C, BD), tl.float32)
+    b_taken = tl.zeros((QB * C,), tl.float32)
     for start in range(0, tl.minimum(W, first_row + block * C), BN):
         j = tl.load(table + start + tl.arange(0, BN))
         b_k, b_v, b_bias, gone = _keys(k, v, bias, expires, tl.maximum(j, 0), j >= 0, g, G, D, V, BD, BV, DOT)
@@ -172,6 +164,7 @@ def query_gradient_kernel(
         if LIMITED:
             seen = seen & _kept(ranks, limit, tl.maximum(j, 0), j >= 0)
         ds = _score_gradient(b_q, b_do, b_k, b_v, b_bias, seen, b_lse, b_delta, scale, TURNED, PRECISION)
+        b_taken += tl.sum(ds, 1)
         acc += tl.dot(ds.to(DOT), b_k, input_precision=PRECISION)
     j = first_row + block * C + tl.arange(0, C)
     b_k, b_v, b_bias, gone = _keys(k, v, bias, expires, j, j < S, g, G, D, V, BD, BV, DOT)
@@ -179,6 +172,7 @@ def query_gradient_kernel(
     if LIMITED:
         seen = seen & _kept(ranks, limit, j, j < S)
     ds = _score_gradient(b_q, b_do, b_k, b_v, b_bias, seen, b_lse, b_delta, scale, TURNED, PRECISION)
+    tl.store(delta + (batch * H + heads) * T + row, b_delta + b_taken + tl.sum(ds, 1), mask=real)
     acc += tl.dot(ds.to(DOT), b_k, input_precision=PRECISION)
     c = tl.arange(0, BD)
     p_dq = dq + ((batch * T + row) * H + heads)[:, None] * D + c[None, :]

@@ -47,9 +47,8 @@ def dynamic_mask_attention_triton(
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), given)
     if not torch.compiler.is_compiling():
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias))
-        exact, packed = trains and bias.requires_grad and dtype.itemsize == 2, selection.cu_seqlens is not None
         key = q.device, dtype, bias.dtype, q.shape[2:], k.shape[2:], v.shape[3], bias.shape[2]
-        forms = packed, selection.window is not None, trains, exact
+        forms = selection.cu_seqlens is not None, selection.window is not None, trains
         rehearse = functools.partial(_rehearse, q, k, v, bias, dtype, *forms)
         compile_ahead(("dynamic mask", *forms, *key), rehearse)
     q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
@@ -78,7 +77,6 @@ def _rehearse(
     packed: bool,
     limited: bool,
     trains: bool,
-    exact: bool,
 ) -> None:
     """Every launch of a call and of its gradient, on little."""
     length, units = 2 * ROWS, max(k.shape[2], bias.shape[2])
@@ -86,9 +84,9 @@ def _rehearse(
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=q.device) if packed else None
     ranking, by_unit = bias.new_zeros(1, length, bias.shape[2]), q.new_zeros(1, units, length, dtype=torch.float32)
     plan = _plan(ranking, ranking, cu_seqlens, length, units, 1, 2 if limited else None, _block_length(q, v))
-    saved = _attend(q, k, v, by_unit, *plan, 1.0, exact)
+    saved = _attend(q, k, v, by_unit, *plan, 1.0)
     if trains:
-        _attend_gradient(torch.empty_like(saved[0]), q, k, v, by_unit, *plan, *saved, 1.0, exact)
+        _attend_gradient(torch.empty_like(saved[0]), q, k, v, by_unit, *plan, *saved, 1.0)
 
 
 def expiry_triton(bias: Tensor, keep: int, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -184,23 +182,22 @@ def _lanes(expires: Tensor, cu_seqlens: Tensor | None, queries: int, keep: int, 
 class _Lanes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *plan: Any) -> Tensor:
-        (*tables, scale), ctx.exact = plan, ctx.needs_input_grad[3] and q.dtype.itemsize == 2
-        out, rest, lse = attend_node(q, k, v, bias, *tables, scale, ctx.exact)
-        ctx.save_for_backward(q, k, v, bias, *tables, out, rest, lse)
-        ctx.scale = scale
+        *tables, ctx.scale = plan
+        out, lse = attend_node(q, k, v, bias, *plan)
+        ctx.save_for_backward(q, k, v, bias, *tables, out, lse)
         return out
 
     @staticmethod
     @plain_backward
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = attend_gradient_node(d_out.contiguous(), *ctx.saved_tensors, ctx.scale, ctx.exact)
+        gradients = attend_gradient_node(d_out.contiguous(), *ctx.saved_tensors, ctx.scale)
         return (*gradients, *[None] * 5)
 
 
 class _Call:
     """Sizes of one call as the kernels take them."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, limits: Tensor, table: Tensor, exact: bool) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, limits: Tensor, table: Tensor) -> None:
         (self.batch, queries, self.heads, width), (keys, groups), values = q.shape, k.shape[1:3], v.shape[3]
         self.units, self.blocks, lanes = len(table) // max(self.batch, 1), table.shape[1], table.shape[2]
         # Two heads that share keys make the 128 rows of a tile. Sums of keys stay in registers: one head at a time.
@@ -222,7 +219,6 @@ class _Call:
             "BN": tile,
             "BL": tile,
             "LIMITED": limits.numel() > 0,
-            "EXACT": exact,
             "TURNED": wide,
             "DOT": tl.float32 if INTERPRETED else DOT[q.dtype],
             "PRECISION": "tf32x3" if wide else "ieee",
@@ -263,14 +259,13 @@ def _attend(
     limits: Tensor,
     table: Tensor,
     scale: float,
-    exact: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(q, k, v, limits, table, exact)
-    out, rest, lse = _room(q, k, v, exact)
-    tensors = q, k, v, bias, expires, ranks, limits, table, out, rest, lse, scale * LOG2E
+) -> tuple[Tensor, Tensor]:
+    call = _Call(q, k, v, limits, table)
+    out, lse = _room(q, k, v)
+    tensors = q, k, v, bias, expires, ranks, limits, table, out, lse, scale * LOG2E
     with torch.cuda.device_of(q):
         call.launch(kernels.attend_kernel, call.query_grid, tensors, call.pair, 3)
-    return out, rest, lse
+    return out, lse
 
 
 def _attend_gradient(
@@ -284,12 +279,10 @@ def _attend_gradient(
     limits: Tensor,
     table: Tensor,
     out: Tensor,
-    rest: Tensor,
     lse: Tensor,
     scale: float,
-    exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call, delta, dq = _Call(q, k, v, limits, table, exact), torch.empty_like(lse), torch.empty_like(q)
+    call, delta, dq = _Call(q, k, v, limits, table), torch.empty_like(lse), torch.empty_like(q)
     by_unit = (*k.shape[:2], call.units)
     shapes = ((*by_unit, k.shape[3]), (*by_unit, v.shape[3]), bias.shape)
     dk, dv, d_bias = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes)
@@ -302,7 +295,7 @@ def _attend_gradient(
         call.batch * call.units,
     )
     keys = lse, delta, d_out, dk, dv, d_bias, *scales
-    queries = table, out, rest, lse, d_out, dq, delta, *scales
+    queries = table, out, lse, d_out, dq, delta, *scales
     with torch.cuda.device_of(q):
         call.launch(kernels.query_gradient_kernel, call.query_grid, (*inputs, *queries), call.pair, 2)
         call.launch(kernels.own_gradient_kernel, (call.blocks, rows), (*inputs, *keys), 1, 1, lanes=False)
@@ -313,12 +306,9 @@ def _attend_gradient(
     return dq, dk.to(k.dtype), dv.to(v.dtype), d_bias
 
 
-def _room(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    exact = others[-1]
+def _room(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
-    out = v.new_empty(batch, queries, heads, v.shape[3])
-    rest = torch.empty_like(out) if exact else v.new_empty(0)
-    return out, rest, q.new_empty(batch, heads, queries, dtype=torch.float32)
+    return v.new_empty(batch, queries, heads, v.shape[3]), q.new_empty(batch, heads, queries, dtype=torch.float32)
 
 
 def _gradient_room(
@@ -352,13 +342,13 @@ plan_node = register_node(
 )
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor bias, Tensor expires, Tensor ranks, Tensor limits, Tensor table"
 attend_node = register_node(
-    f"dynamic_mask_lanes({_INPUTS}, float scale, bool exact) -> (Tensor out, Tensor rest, Tensor lse)",
+    f"dynamic_mask_lanes({_INPUTS}, float scale) -> (Tensor out, Tensor lse)",
     _attend,
     _room,
 )
 attend_gradient_node = register_node(
-    f"dynamic_mask_lanes_gradient(Tensor d_out, {_INPUTS}, Tensor out, Tensor rest, Tensor lse, float scale, "
-    "bool exact) -> (Tensor dq, Tensor dk, Tensor dv, Tensor d_bias)",
+    f"dynamic_mask_lanes_gradient(Tensor d_out, {_INPUTS}, Tensor out, Tensor lse, float scale) -> "
+    "(Tensor dq, Tensor dk, Tensor dv, Tensor d_bias)",
     _attend_gradient,
     _gradient_room,
 )
