@@ -18,7 +18,9 @@ from triton.compiler import ASTSource, compile
 
 from farspan.ops import rotary_kernels as rotary
 from farspan.ops.collinear import kernels as collinear
+from farspan.ops.dilated import boxes
 from farspan.ops.dilated import kernels as dilated
+from farspan.ops.dilated import rotation_kernels as turns
 from farspan.ops.dilated import rows_kernels as rows
 from farspan.ops.dynamic_mask import expiry_kernels
 from farspan.ops.dynamic_mask import kernels as lanes
@@ -35,8 +37,8 @@ SPILLING = {("query gradient", 80): 216, ("wide query gradient", 80): 144, ("lan
 SPILLING |= {("wide lane gradient", 90): 240, ("limited attend", 80): 160, ("limited query gradient", 80): 480}
 SPILLING |= {("limited lane gradient", 80): 200}
 FLOAT32 = {"lses", "total", "base_lse", "cos", "sin", "bias", "lse", "delta", "dk", "dv", "d_bias", "line", "sums"}
-FLOAT32 |= {"hidden", "coefficients", "weights", "d_hidden", "d_weights", "sums"}
-TABLES = {"table", "expires", "limits", "ranks", "windows", "ends", "starts", "before", "offsets"}
+FLOAT32 |= {"hidden", "coefficients", "weights", "d_hidden", "d_weights", "sums", "factors"}
+TABLES = {"boxes", "expires", "limits", "ranks", "windows", "ends", "starts", "before", "places"}
 NUMBERS = {
     "R",
     "keep",
@@ -57,10 +59,9 @@ NUMBERS = {
     "P",
     "candidates",
 }
-NUMBERS |= {"N", "pieces", "x_row", "y_row", "K", "P", "candidates", "dilation", "reach", "count", "lowest"}
-LONG = {"order", "ids", "begins"}
-PERIODS = {"PERIODS": (4096, 8192, 32768), "DILATIONS": (2, 4, 12)}
-BOXES = PERIODS | {"D": 64, "BT": 64, "BD": 64, "NUMBERS": 8}
+NUMBERS |= {"N", "pieces", "x_row", "y_row", "K", "P", "candidates", "dilation", "reach", "count", "lowest", "window"}
+LONG = {"order", "ids", "begins", "table", "offsets"}
+BOXES = {"D": 64, "BT": 64, "BD": 64, "NUMBERS": boxes.NUMBERS, "WORD": boxes.WORD}
 TURNED = {"K": 64, "R": 32, "HEAD": False, "BT": 32, "BK": 64}
 ROTATED = {"K": 64, "R": 32, "BT": 16, "HB": 4, "BK": 64}
 BAGS = {"ACT": "silu", "PARTS": 2, "STRETCH": 32, "PIECE": 256}
@@ -84,7 +85,7 @@ def bags(kernel: Any, tile: tuple[int, ...]) -> tuple[Any, dict[str, Any], int, 
 
 # Kernel, compile-time arguments, warps, stages, whether it multiplies matrices.
 KERNELS: dict[str, tuple[Any, dict[str, Any], int, int, bool]] = {
-    "merge boxes": (dilated.merge_kernel, BOXES | {"BASE": 2048}, 4, 3, False),
+    "merge boxes": (dilated.merge_kernel, BOXES | {"BASE": True}, 4, 3, False),
     "sum boxes": (dilated.sum_kernel, BOXES, 4, 3, False),
     "rows": (rows.attend_kernel, ROWS | {"BM": 128, "EXACT": True}, 8, 2, True),
     "wide rows": (rows.attend_kernel, WIDE_ROWS | {"BM": 128, "BN": 32, "EXACT": True}, 8, 2, True),
@@ -98,6 +99,7 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], int, int, bool]] = {
     "strict transform": (collinear.transform_kernel, TURNED | {"STRICT": True, "HB": 4}, 4, 3, False),
     "transform gradient": (collinear.transform_gradient_kernel, TURNED | {"STRICT": False, "HB": 4}, 4, 3, False),
     "strict transform gradient": (collinear.transform_gradient_kernel, TURNED | {"STRICT": True, "HB": 4}, 4, 3, False),
+    "turn": (turns.turn_kernel, {"K": 64, "BACK": True, "BT": 32, "HB": 4, "BK": 64}, 4, 1, False),
     "rotation": (rotary.rotate_kernel, ROTATED | {"INTERLEAVED": False, "BACK": True}, 4, 3, False),
     "interleaved rotation": (rotary.rotate_kernel, ROTATED | {"INTERLEAVED": True, "BACK": False}, 4, 3, False),
     "coefficients": (collinear.coefficient_kernel, TURNED, 4, 3, False),

@@ -11,6 +11,8 @@ from torch import Tensor
 from farspan.errors import ConfigError, ShapeError
 from farspan.nn.positions import alibi_bias, xpos_rates
 from farspan.ops import dilated_attention
+from farspan.ops.dilated.boxes import reciprocal
+from farspan.ops.dilated.limits import option_limits
 from farspan.ops.dilated.patterns import DilatedSettings, head_offsets, pieces, score_entries
 from farspan.ops.softmax.api import softmax_attention
 from tests.ops.checks import assert_close, boundaries
@@ -389,3 +391,24 @@ def test_bad_calls(change: dict, error: type[Exception], words: str) -> None:
     call = {name: torch.zeros(1, 9, 4, 6) for name in "qkv"} | {"segment_lengths": [4], "dilations": [2]}
     with pytest.raises(error, match=words):
         dilated_attention(**{**call, **change})
+
+
+def test_kernels_turn_positions_where_segments_lie_in_the_longest() -> None:
+    settings = DilatedSettings(((4, 1), (6, 2)), frequencies=torch.ones(2), growth=torch.ones(2))
+    assert option_limits(settings, [(0, 6), (6, 7)], torch.float32) is None
+    assert "divide the longest" in str(option_limits(settings, [(0, 6), (6, 13)], torch.float32))
+
+
+@pytest.mark.parametrize(("growth", "serves"), [(-2.0, True), (2.1, False)])
+def test_kernels_turn_float16_where_it_can_hold_the_growth(growth: float, serves: bool) -> None:
+    settings = DilatedSettings(((6, 1),), frequencies=torch.ones(2), growth=torch.tensor([0.0, growth]))
+    reasons = [option_limits(settings, [(0, 90)], dtype) for dtype in (torch.bfloat16, torch.float16)]
+    assert reasons[0] is None and (reasons[1] is None) == serves
+
+
+@given(divisor=st.integers(1, 2**31 - 1), quotient=st.integers(0, 2**31), off=st.integers(-1, 1))
+def test_a_division_is_a_product(divisor: int, quotient: int, off: int) -> None:
+    number = min(max(0, quotient % (2**31 // divisor + 1) * divisor + off), 2**31 - 1)
+    _, factor, shift = reciprocal(divisor)
+    assert -(2**31) <= factor < 0 <= shift < 32
+    assert (2 * number * (factor % 2**32) >> 32) >> shift == number // divisor

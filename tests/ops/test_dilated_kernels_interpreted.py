@@ -83,7 +83,7 @@ def test_detached_mixture_matches_reference(rule: str) -> None:
 def test_rotations_match_reference(detach: bool) -> None:
     frequencies, growth = xpos_rates(6, 64, 40)
     rates = {"frequencies": frequencies, "growth": growth}
-    compare(make(40, 4, 1), [(10, 1), (40, 3)], detach_mixture_weights=detach, **rates)
+    compare(make(90, 4, 2), [(10, 1), (40, 3)], detach_mixture_weights=detach, **rates)
 
 
 def test_shared_key_heads_match_reference() -> None:

@@ -99,6 +99,7 @@ def test_rotations_match_reference(detach: bool) -> None:
     frequencies, growth = xpos_rates(6, 64, 40)
     rates = {"frequencies": frequencies, "growth": growth}
     compare(make(30, 2, 1), bounds=[0, 7, 30], detach_mixture_weights=detach, **rates)
+    compare(make(40, 4, 1, groups=2), [(5, 2), (15, 1)], bounds=[0, 33, 40], detach_mixture_weights=detach, **rates)
 
 
 def test_one_pattern_and_fewer_heads_than_dilations_match_reference() -> None:

@@ -88,7 +88,8 @@ def dilated_attention(
             see the note.
         cu_seqlens: `[num_seqs + 1]` int32 boundaries of documents packed in one row; segments restart in each.
         backend: `"auto"`, `"reference"`, `"torch"` or `"triton"`: cuDNN for 16 bit, K = V, no bias and no packed
-            documents, kernels for the rest; not for dropout, filled segments, float64, K or V > 128 (float32: 64).
+            documents, kernels for the rest; not for dropout, filled segments, float64, K or V > 128 (float32: 64), nor
+            for `frequencies` where segments do not divide the longest, or positions grow beyond float16.
 
     Returns:
         `[B, T, H, V]` in v's dtype.
@@ -163,6 +164,6 @@ def dilated_attention(
         frequencies=frequencies,
         growth=growth,
     )
-    beyond_kernels = option_limits(settings, spans)
+    beyond_kernels = option_limits(settings, spans, q.dtype)
     implementation = resolve("dilated_attention", backend, (q, k, v), beyond_kernels=beyond_kernels)
     return implementation(q, k, v, settings, spans)

@@ -54,24 +54,48 @@ class Box:
         strides = (self.width, heads.step * step + heads.rise, self.dilation)
         return x.as_strided(sizes, strides, x.storage_offset() + heads.first * step + self.start + heads.offset)
 
-    @property
-    def period(self) -> int:
-        """Tokens from segment to segment; for a single one any number that is large enough, of few different ones."""
-        return self.width if self.count > 1 else 1 << (self.width - 1).bit_length()
+    def slot(self, head: int) -> int | None:
+        """The place of a head among those of the box; None if it is not one of them."""
+        slot, between = divmod(head - self.heads.first, self.heads.step)
+        return slot if between == 0 and 0 <= slot < self.heads.count else None
 
-    def numbers(self) -> list[int]:
-        """What the kernels read of a box, in this order."""
-        heads = self.heads
-        return [
-            self.start,
-            self.count * self.width,
-            self.rows,
-            heads.first,
-            heads.step,
-            heads.count,
-            heads.offset,
-            heads.rise,
-        ]
+    def numbers(self, head: int) -> list[int]:
+        """What the kernels read of a box for a head, in this order."""
+        slot, heads = self.slot(head), self.heads
+        if slot is None:
+            return [0] * NUMBERS
+        places = [self.start, self.count * self.width, self.rows, heads.count, slot, heads.offset + slot * heads.rise]
+        return places + reciprocal(self.width) + reciprocal(self.dilation)
+
+
+NUMBERS = 12
+"""How many they are."""
+WORD = 32
+"""Boxes of which one word tells whether they have a head."""
+
+
+def reciprocal(divisor: int) -> list[int]:
+    """The divisor d, a factor m (as int32) and a shift s such that ⌊n/d⌋ = (2n·m >> 32) >> s for 0 ≤ n < 2³¹."""
+    shift = (divisor - 1).bit_length()
+    return [divisor, ceil_div(1 << (31 + shift), divisor) - (1 << 32), shift]
+
+
+def table(some: Sequence[Box], base: Box | None, places: int, heads: int) -> list[int]:
+    """All that the kernels read of these boxes, as if there were so many.
+
+    For each `WORD` boxes and head which of them have it, a bit each; for each box and head its numbers; and last, the
+    number of tokens of a segment of the base with its reciprocal.
+    """
+    found = []
+    for first in range(0, places, WORD):
+        word = some[first : first + WORD]
+        for head in range(heads):
+            bits = sum(1 << i for i, box in enumerate(word) if box.slot(head) is not None)
+            found.append(bits - (bits >> (WORD - 1) << WORD))
+    for box in some:
+        found += [number for head in range(heads) for number in box.numbers(head)]
+    found += [0] * ((places - len(some)) * heads * NUMBERS)
+    return found + (reciprocal(base.width) if base else [])
 
 
 def boxes(patterns: Patterns, rule: str, heads: int, start: int, stop: int) -> Iterator[Box]:

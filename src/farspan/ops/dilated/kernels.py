@@ -1,7 +1,8 @@
 """Triton kernels that join what the boxes of dilated attention give: outputs by their log-sum-exps, gradients by sum.
 
-One program takes a block of tokens of one head, and reads of every box that has the head the rows that it selects.
-Periods and dilations are known at compile time: a division by a number that is not takes as long as a memory access.
+One program takes a block of tokens of one head, and reads of every box that has the head the rows that it selects. No
+number of a box is known at compile time, or every length would have kernels of its own: `boxes.table` holds them.
+Divisions are products with a reciprocal, since a true one takes as long as a memory access.
 """
 # mypy: ignore-errors
 
@@ -10,33 +11,41 @@ import triton.language as tl
 
 
 @triton.jit
-def _locate(table, index, token, head, PERIOD: tl.constexpr, DILATION: tl.constexpr, NUMBERS: tl.constexpr):
-    """Whether a box has the head, which of the tokens it selects, and their rows: by head and by token."""
-    box = table + index * NUMBERS
+def _divided(n, numbers):
+    """Quotient and rest of `n` by a divisor that stands before its reciprocal and the shift."""
+    factor, shift = tl.load(numbers + 1).to(tl.uint32), tl.load(numbers + 2).to(tl.uint32)
+    quotient = (tl.umulhi(n.to(tl.uint32) * 2, factor) >> shift).to(tl.int32)
+    return quotient, n - quotient * tl.load(numbers)
+
+
+@triton.jit
+def _has(boxes, index, head, heads, WORD: tl.constexpr):
+    """Whether a box has the head."""
+    return (tl.load(boxes + index // WORD * heads + head) >> (index % WORD)) & 1
+
+
+@triton.jit
+def _locate(boxes, index, token, head, heads, BOXES: tl.constexpr, NUMBERS: tl.constexpr, WORD: tl.constexpr):
+    """Which of the tokens a box selects, and their rows: by head and by token."""
+    box = boxes + ((BOXES + WORD - 1) // WORD + index * NUMBERS) * heads + head * NUMBERS
     begin, length, rows = tl.load(box), tl.load(box + 1), tl.load(box + 2)
-    first, step, count = tl.load(box + 3), tl.load(box + 4), tl.load(box + 5)
-    offset, rise = tl.load(box + 6), tl.load(box + 7)
-    behind = head - first
-    slot = behind // step
-    has_head = (behind >= 0) & (behind % step == 0) & (slot < count)
+    count, slot, offset = tl.load(box + 3), tl.load(box + 4), tl.load(box + 5)
     inside = token - begin
-    segment = inside // PERIOD
-    place = inside % PERIOD - (offset + slot * rise)
-    taken = (inside >= 0) & (inside < length) & (place >= 0) & (place % DILATION == 0)
-    row = place // DILATION
-    return has_head, taken, (segment * count + slot) * rows + row, (segment * rows + row) * count + slot
+    segment, rest = _divided(inside, box + 6)
+    place = rest - offset
+    row, between = _divided(place, box + 9)
+    taken = (inside >= 0) & (inside < length) & (place >= 0) & (between == 0)
+    return taken, (segment * count + slot) * rows + row, (segment * rows + row) * count + slot
 
 
 @triton.jit(do_not_specialize=["first", "end", "tokens", "H"])
 def merge_kernel(
-    outs, lses, table, out, total, base_lse, first, end, tokens, H,
-    PERIODS: tl.constexpr, DILATIONS: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    NUMBERS: tl.constexpr, BASE: tl.constexpr,
+    outs, lses, boxes, out, total, base_lse, first, end, tokens, H,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, NUMBERS: tl.constexpr, WORD: tl.constexpr, BASE: tl.constexpr,
 ):  # fmt: skip
     """Joins outputs `[n, c, h, D]` with log-sum-exps `[n, h, c]` into `[N, H, D]` and `[H, N]`.
 
-    With BASE > 0, `out` already holds what a pattern that takes every row gives in segments of BASE tokens, and is
-    written only where that changes.
+    With BASE, `out` already holds what a pattern that takes every row gives, and is written only where that changes.
     """
     head = tl.program_id(1)
     token = first + tl.program_id(0) * BT + tl.arange(0, BT)
@@ -47,8 +56,8 @@ def merge_kernel(
     top = tl.full((BT,), float("-inf"), tl.float32)
     covered = tl.zeros((BT,), tl.int1)
     for i in tl.static_range(len(outs)):
-        has_head, taken, by_head, by_token = _locate(table, i, token, head, PERIODS[i], DILATIONS[i], NUMBERS)
-        if has_head:
+        if _has(boxes, i, head, H, WORD):
+            taken, by_head, by_token = _locate(boxes, i, token, head, H, len(outs), NUMBERS, WORD)
             taken = taken & real
             covered = covered | taken
             lse = tl.load(lses[i] + by_head, mask=taken, other=float("-inf"))
@@ -65,9 +74,11 @@ def merge_kernel(
             top = higher
     place = out + (token.to(tl.int64)[:, None] * H + head) * D + channel[None, :]
     written = real
-    if BASE > 0:
+    if BASE:
         written = covered
-        lse = tl.load(base_lse + ((token // BASE).to(tl.int64) * H + head) * BASE + token % BASE, mask=real, other=0.0)
+        width = boxes + ((len(outs) + WORD - 1) // WORD + len(outs) * NUMBERS) * H
+        segment, inside = _divided(token, width)
+        lse = tl.load(base_lse + (segment.to(tl.int64) * H + head) * tl.load(width) + inside, mask=real, other=0.0)
         part = tl.load(place, mask=covered[:, None] & fits[None, :], other=0.0).to(tl.float32)
         higher = tl.maximum(top, lse)
         old, new = tl.exp(top - higher), tl.exp(lse - higher)
@@ -83,9 +94,8 @@ def merge_kernel(
 
 @triton.jit(do_not_specialize=["first", "end", "H"])
 def sum_kernel(
-    parts, table, out, first, end, H,
-    PERIODS: tl.constexpr, DILATIONS: tl.constexpr, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    NUMBERS: tl.constexpr,
+    parts, boxes, out, first, end, H,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, NUMBERS: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
     """Adds gradients `[n, c, h, D]` up to `[N, H, D]`; 0 where no box selects a row."""
     head = tl.program_id(1)
@@ -94,8 +104,8 @@ def sum_kernel(
     real, fits = token < end, channel < D
     acc = tl.zeros((BT, BD), tl.float32)
     for i in tl.static_range(len(parts)):
-        has_head, taken, _, by_token = _locate(table, i, token, head, PERIODS[i], DILATIONS[i], NUMBERS)
-        if has_head:
+        if _has(boxes, i, head, H, WORD):
+            taken, _, by_token = _locate(boxes, i, token, head, H, len(parts), NUMBERS, WORD)
             place = parts[i] + by_token.to(tl.int64)[:, None] * D + channel[None, :]
             acc += tl.load(place, mask=(taken & real)[:, None] & fits[None, :], other=0.0).to(tl.float32)
     place = out + (token.to(tl.int64)[:, None] * H + head) * D + channel[None, :]

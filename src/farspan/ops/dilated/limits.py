@@ -9,6 +9,8 @@ from farspan.ops.dilated.patterns import DilatedSettings, Span
 
 # Channels of a head in 16 bit and in float32.
 WIDEST, WIDEST_FLOAT32 = 128, 64
+# Growth by e to this power, and as much decay, leaves float16 room for queries and keys.
+LARGEST_FLOAT16 = 6.0
 
 
 def kernel_limits(tensors: Sequence[Tensor]) -> str | None:
@@ -20,11 +22,22 @@ def kernel_limits(tensors: Sequence[Tensor]) -> str | None:
     return f"its kernels take head sizes up to {widest} in this dtype, not {width}" if width > widest else None
 
 
-def option_limits(settings: DilatedSettings, spans: Sequence[Span]) -> str | None:
-    """Why the kernels cannot serve these options; None if they can."""
+def option_limits(settings: DilatedSettings, spans: Sequence[Span], dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot serve these options for queries of this dtype; None if they can."""
     if settings.dropout:
         return "its kernels have no dropout"
+    if settings.growth is not None:
+        window = settings.window(spans)
+        if window is None:
+            return "its kernels turn positions by segments that divide the longest alone"
+        if dtype == torch.float16 and not _fits_float16(settings.growth, window):
+            return "its kernels turn queries and keys in their dtype, and positions outgrow float16"
     return "its kernels fill no segments with zeros" if settings.filling(spans) else None
+
+
+def _fits_float16(growth: Tensor, window: int) -> bool:
+    """Reads a number from the device; a compiled graph, which may not, gets no for an answer."""
+    return not torch.compiler.is_compiling() and float(growth.abs().max()) * window / 2 <= LARGEST_FLOAT16
 
 
 def cudnn_serves(q: Tensor, v: Tensor, settings: DilatedSettings, spans: Sequence[Span]) -> bool:

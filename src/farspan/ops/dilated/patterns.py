@@ -56,6 +56,17 @@ class DilatedSettings:
                 ragged = ragged or between or (behind and not self.causal)
         return ragged
 
+    def window(self, spans: Sequence[Span]) -> int | None:
+        """Tokens of a run, counted from the start of each sequence, that holds whole segments alone; None if unknown.
+
+        All places in a run can be counted from its middle: a query and its keys lie in the same one.
+        """
+        widest = max(segment for segment, _ in self.patterns)
+        longest = max([1] + [end - start for start, end in spans])
+        if longest > widest and any(widest % segment for segment, _ in self.patterns):
+            return None
+        return min(widest, longest)
+
     def rotations(self, query_places: Tensor, key_places: Tensor) -> tuple[Tensor, Tensor] | None:
         """Tables that turn queries and keys at these places, or None when positions do not turn them."""
         if self.frequencies is None or self.growth is None:

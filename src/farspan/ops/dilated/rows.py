@@ -15,8 +15,7 @@ from farspan.ops._contract import plain_backward
 from farspan.ops._launch import Constants, launch
 from farspan.ops._library import register_node
 from farspan.ops.dilated import rows_kernels as kernels
-from farspan.ops.dilated.patterns import DilatedSettings, Span, ceil_div, head_offsets
-from farspan.ops.dilated.rotation import rotate
+from farspan.ops.dilated.patterns import DilatedSettings, ceil_div, head_offsets
 
 # Programs that share the gradient of a bias.
 PROGRAMS = 1024
@@ -64,14 +63,6 @@ def _tiles(bounds: tuple[int, ...], segment: int, dilation: int, block: int, dev
     return _Tiles(table[index.argsort(descending=True, stable=True)].to(device), int(rows.max()))
 
 
-@functools.lru_cache(maxsize=16)
-def _places(bounds: tuple[int, ...], segment: int, device: torch.device) -> Tensor:
-    """Positions of all tokens from the middle of their segments, `[N, 1]` float64."""
-    _, widths = _segments(bounds, segment)
-    centred = _counted(widths) - (widths - 1).repeat_interleave(widths).double() / 2
-    return centred.unsqueeze(1).to(device)
-
-
 def _segments(bounds: tuple[int, ...], segment: int) -> tuple[Tensor, Tensor]:
     """Starts and widths of the segments of sequences that start and end at these places in turn."""
     starts, ends = torch.tensor(bounds).view(-1, 2).unbind(1)
@@ -114,7 +105,7 @@ def _constants(
 
 
 class _Pattern(NamedTuple):
-    """One pattern of a call: what it reads, turned by its positions, and how its kernels are started."""
+    """One pattern of a call: what it reads, and how its kernels are started."""
 
     call: "_Call"
     q: Tensor
@@ -122,7 +113,6 @@ class _Pattern(NamedTuple):
     v: Tensor
     segment: int
     dilation: int
-    tables: tuple[Tensor, Tensor] | None
     reach: int
     line: Tensor | None
 
@@ -154,15 +144,10 @@ class _Pattern(NamedTuple):
         q, k, v, delta = self.q, self.k, self.v, torch.empty_like(total)
         line = total if self.line is None else self.line
         dq, dk, dv = gradients
-        if self.tables is not None:
-            dq, dk = (torch.zeros_like(x, dtype=torch.float32) for x in (dq, dk))
         block, warps = self.call.blocks.backward, self.call.blocks.backward_warps
         for_queries = (grad, q, k, v, out, line, total, delta, dq)
         self.start(kernels.query_gradient_kernel, for_queries, block, block, warps)
         self.start(kernels.key_gradient_kernel, (grad, q, k, v, line, total, delta, dk, dv), block, block, warps)
-        if self.tables is not None:
-            for sums, turned, table in zip(gradients, (dq, dk), self.tables, strict=False):
-                sums.add_(rotate(turned, table.conj()))
         if d_bias is not None:
             self._bias_gradient(grad, total, delta, d_bias)
 
@@ -214,11 +199,9 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor, bias: Tensor | None, *arguments: Any) -> "_Call":
-        frequencies, growth, bounds, segments, dilations, rule, causal, scale = arguments
+        bounds, segments, dilations, rule, causal, scale = arguments
         patterns = tuple(zip(segments, dilations, strict=True))
-        settings = DilatedSettings(
-            patterns, rule, causal, scale, distance_bias=bias, frequencies=frequencies, growth=growth
-        )
+        settings = DilatedSettings(patterns, rule, causal, scale, distance_bias=bias)
         return cls(settings, tuple(bounds), q.shape[1], q.shape[2], v.shape[2], q.dtype, q.device)
 
     @property
@@ -249,22 +232,12 @@ class _Call(NamedTuple):
         bias = self.settings.distance_bias
         for segment, dilation in self.settings.patterns:
             tiles = self.tiles(segment, dilation, self.blocks.backward)
-            tables, queries, keys = self._turns(segment), q, k
-            if tables is not None:
-                queries, keys = (rotate(x, table).to(x.dtype) for x, table in zip((q, k), tables, strict=True))
-            pattern = _Pattern(self, queries, keys, v, segment, dilation, tables, tiles.reach, None)
+            pattern = _Pattern(self, q, k, v, segment, dilation, tiles.reach, None)
             yield pattern if bias is None else pattern._replace(line=pattern._of_line(bias).contiguous())
-
-    def _turns(self, segment: int) -> tuple[Tensor, Tensor] | None:
-        """Rotations of all queries and keys, `[N, 1, K/2]`: positions count from the middle of the segments."""
-        if self.settings.frequencies is None:
-            return None
-        places = _places(self.bounds, segment, self.device)
-        return self.settings.rotations(places, places)
 
     def sums(self, *like: Tensor, exact: bool = False) -> tuple[Tensor, ...]:
         """Zeros in which patterns are added up: in float32, unless there is a single one."""
-        several = exact or len(self.settings.patterns) > 1 or self.settings.frequencies is not None
+        several = exact or len(self.settings.patterns) > 1
         return tuple(torch.zeros_like(x, dtype=torch.float32 if several else x.dtype) for x in like)
 
     def empty_total(self, q: Tensor) -> Tensor:
@@ -288,18 +261,16 @@ class _Rows(torch.autograd.Function):
         return (*gradients, d_bias.to(saved[-1].dtype) if learnt else None, None, None)
 
 
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, spans: Sequence[Span]) -> Tensor:
-    """Dilated attention of contiguous q, k, v with equally many heads and one dtype."""
-    batch, length = q.shape[:2]
-    bounds = [
-        row * length + place for row in range(batch) for start, end in spans if end > start for place in (start, end)
-    ]
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, bounds: list[int]) -> Tensor:
+    """Dilated attention of contiguous q, k, v with equally many heads and one dtype.
+
+    `bounds` are the tokens at which sequences start and end in turn, rows laid end to end.
+    """
     segments, dilations = (list(numbers) for numbers in zip(*settings.patterns, strict=True))
-    positions = (settings.frequencies, settings.growth)
-    options = (*positions, bounds, segments, dilations, settings.head_offset, settings.causal, float(settings.scale))
+    options = (bounds, segments, dilations, settings.head_offset, settings.causal, float(settings.scale))
     flat = (x.flatten(0, 1) for x in (q, k, v))
     out: Tensor = _Rows.apply(*flat, settings.distance_bias, options, settings.detach_mixture_weights)
-    return out.unflatten(0, (batch, length))
+    return out.unflatten(0, q.shape[:2])
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -349,10 +320,7 @@ def _gradient_shapes(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_bias
 
 
-_OPTIONS = (
-    "Tensor? bias, Tensor? frequencies, Tensor? growth, int[] bounds, int[] segments, int[] dilations, str rule, "
-    "bool causal, float scale"
-)
+_OPTIONS = "Tensor? bias, int[] bounds, int[] segments, int[] dilations, str rule, bool causal, float scale"
 forward_node = register_node(
     f"dilated_rows(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool learnt) -> (Tensor out, Tensor exact, Tensor total)",
     _forward,

@@ -20,10 +20,10 @@ from torch import Tensor
 from farspan.ops._contract import plain_backward, without_autocast
 from farspan.ops._library import register_node
 from farspan.ops.dilated import cudnn, kernels
-from farspan.ops.dilated.boxes import Box, boxes, runs, stretches
+from farspan.ops.dilated.boxes import NUMBERS, WORD, Box, boxes, runs, stretches, table
 from farspan.ops.dilated.limits import cudnn_serves
 from farspan.ops.dilated.patterns import DilatedSettings, Span
-from farspan.ops.dilated.rotation import rotate
+from farspan.ops.dilated.rotation_triton import turned
 from farspan.ops.dilated.rows import attend_rows
 from farspan.ops.dilated.streams import release, side_by_side
 
@@ -43,12 +43,18 @@ def dilated_attention_triton(
     group, kept = q.shape[2] // k.shape[2], v.dtype
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     with without_autocast(q):
-        k, v = (x if group == 1 else x.repeat_interleave(group, dim=2) for x in (k, v))
         q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
+        bounds = [
+            row * q.shape[1] + place for row in range(len(q)) for span in spans if span[0] < span[1] for place in span
+        ]
+        window = settings.window(spans)
+        if settings.frequencies is not None and settings.growth is not None and window is not None:
+            q, k = turned(q, k, settings.frequencies, settings.growth, bounds, window)
+        k, v = (x if group == 1 else x.repeat_interleave(group, dim=2) for x in (k, v))
         if cudnn_serves(q, v, settings, spans):
             out: Tensor = _Boxes.apply(q, k, v, settings)
         else:
-            out = attend_rows(q, k, v, settings, spans)
+            out = attend_rows(q, k, v, settings, bounds)
         return out.to(kept)
 
 
@@ -71,8 +77,7 @@ class _Boxes(torch.autograd.Function):
 def _arguments(settings: DilatedSettings) -> tuple[Any, ...]:
     """The settings as arguments of a node."""
     segments, dilations = (list(numbers) for numbers in zip(*settings.patterns, strict=True))
-    positions = (settings.frequencies, settings.growth)
-    return (*positions, segments, dilations, settings.head_offset, settings.causal, float(settings.scale))
+    return segments, dilations, settings.head_offset, settings.causal, float(settings.scale)
 
 
 class _Call(NamedTuple):
@@ -86,10 +91,9 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, *arguments: Any) -> "_Call":
-        frequencies, growth, segments, dilations, rule, causal, scale = arguments
+        segments, dilations, rule, causal, scale = arguments
         patterns = tuple((min(w, q.shape[1]), r) for w, r in zip(segments, dilations, strict=True))
-        settings = DilatedSettings(patterns, rule, causal=causal, scale=scale, frequencies=frequencies, growth=growth)
-        return cls(settings, *q.shape)
+        return cls(DilatedSettings(patterns, rule, causal=causal, scale=scale), *q.shape)
 
     def base(self) -> Box | None:
         """A pattern that takes every row of every head in one call: the others are added to what it gives."""
@@ -112,14 +116,6 @@ class _Call(NamedTuple):
                 found.append((start, stop, list(boxes(patterns, self.settings.head_offset, self.heads, start, stop))))
         return found
 
-    def tables(self, box: Box, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """Rotations of a box's queries and keys, `[c, K/2]`: positions count from the middle of its segments."""
-        if self.settings.frequencies is None:
-            return None
-        rows = torch.arange(box.rows, device=device, dtype=torch.float64)
-        centred = (rows - (box.rows - 1) / 2) * box.dilation
-        return self.settings.rotations(centred, centred)
-
     def grid(self, start: int, stop: int) -> tuple[int, int]:
         return triton.cdiv(stop - start, BLOCK), self.heads
 
@@ -139,9 +135,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, 
                 whole, base_lse = parts.pop(0)
                 out = _laid(whole).view(q.shape)
             kernels.merge_kernel[call.grid(start, stop)](
-                tuple(_laid(part) for part, _ in parts),
-                tuple(part_lse.contiguous() for _, part_lse in parts),
-                _table(tuple(some), q.device),
+                _filled([_laid(part) for part, _ in parts]),
+                _filled([part_lse.contiguous() for _, part_lse in parts]),
+                _table(tuple(some), base, call.heads, q.device),
                 out,
                 lse,
                 base_lse,
@@ -149,8 +145,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, 
                 stop,
                 len(q),
                 call.heads,
-                BASE=0 if base is None else base.width,
-                **_sizes(call, some),
+                BASE=base is not None,
+                **_sizes(call),
             )
             release(q.device, lanes)
             del parts  # before the next stretch makes its own
@@ -172,13 +168,13 @@ def _backward(
             )
             for index, gradient in enumerate(gradients):
                 kernels.sum_kernel[call.grid(start, stop)](
-                    tuple(_laid(part[index]) for part in parts),
-                    _table(tuple(some), q.device),
+                    _filled([_laid(part[index]) for part in parts]),
+                    _table(tuple(some), None, call.heads, q.device),
                     gradient,
                     start,
                     stop,
                     call.heads,
-                    **_sizes(call, some),
+                    **_sizes(call),
                 )
             release(q.device, LANES)
             del parts  # before the next stretch makes its own
@@ -188,9 +184,7 @@ def _backward(
 
 def _attend(call: _Call, box: Box, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Output `[n, h, c, K]` and log-sum-exp `[n, h, c]` of a box."""
-    tables = call.tables(box, q.device)
-    rows = _turned(box, q, k, v, tables)
-    return cudnn.attend(*rows, call.settings.causal, call.settings.scale)
+    return cudnn.attend(box.of(q), box.of(k), box.of(v), call.settings.causal, call.settings.scale)
 
 
 def _attend_backward(
@@ -203,34 +197,16 @@ def _attend_backward(
     out: Tensor,
     lse: Tensor,
     detach: bool,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients `[n, h, c, K]` of a box, in the whole softmax or, detached, in its own with a constant share of it."""
     causal, scale = call.settings.causal, call.settings.scale
-    tables = call.tables(box, q.device)
-    rows = _turned(box, q, k, v, tables)
+    rows = box.of(q), box.of(k), box.of(v)
     given, result, total = box.of(grad), box.of(out), box.of_heads(lse).contiguous()
     if detach:
         result, own = cudnn.attend(*rows, causal, scale)
         given, total = (own - total).exp().unsqueeze(-1) * given, own
         given, result = (_like(rows[0], box, call.heads, x) for x in (given, result))
-    elif tables is not None:
-        given, result = given.contiguous(), result.contiguous()
-    gradients = list(cudnn.attend_backward(given, *rows, result, total, causal, scale))
-    if tables is not None:
-        for index, table in enumerate(tables):
-            gradients[index] = rotate(gradients[index], table.conj()).to(q.dtype)
-    return gradients
-
-
-def _turned(
-    box: Box, q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a box: in place or, where positions turn them, copies of one pattern of strides."""
-    queries, keys, values = box.of(q), box.of(k), box.of(v)
-    if tables is not None:
-        queries, keys = (rotate(x, table).to(q.dtype) for x, table in zip((queries, keys), tables, strict=True))
-        values = values.contiguous()
-    return queries, keys, values
+    return cudnn.attend_backward(given, *rows, result, total, causal, scale)
 
 
 def _like(rows: Tensor, box: Box, heads: int, x: Tensor) -> Tensor:
@@ -246,16 +222,24 @@ def _laid(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous()
 
 
-def _sizes(call: _Call, some: list[Box]) -> dict[str, Any]:
-    return {
-        "PERIODS": tuple(box.period for box in some), "DILATIONS": tuple(box.dilation for box in some), "D": call.width,
-        "BT": BLOCK, "BD": triton.next_power_of_2(call.width), "NUMBERS": 8, "num_warps": 4,
-    }  # fmt: skip
+def _sizes(call: _Call) -> dict[str, Any]:
+    width = triton.next_power_of_2(call.width)
+    return {"D": call.width, "BT": BLOCK, "BD": width, "NUMBERS": NUMBERS, "WORD": WORD, "num_warps": 4}
+
+
+def _places(count: int) -> int:
+    """Boxes that a kernel is compiled for: few different numbers, whatever the lengths are."""
+    return max(4, triton.next_power_of_2(count))
+
+
+def _filled(parts: list[Tensor]) -> tuple[Tensor, ...]:
+    """What the boxes gave, and as much again as there are places."""
+    return tuple(parts + parts[:1] * (_places(len(parts)) - len(parts)))
 
 
 @functools.lru_cache(maxsize=256)
-def _table(some: tuple[Box, ...], device: torch.device) -> Tensor:
-    return torch.tensor([box.numbers() for box in some], dtype=torch.int32).to(device)
+def _table(some: tuple[Box, ...], base: Box | None, heads: int, device: torch.device) -> Tensor:
+    return torch.tensor(table(some, base, _places(len(some)), heads), dtype=torch.int32).to(device)
 
 
 def _shapes(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -266,7 +250,7 @@ def _gradient_shapes(grad: Tensor, q: Tensor, *others: Any) -> tuple[Tensor, Ten
     return torch.empty_like(q), torch.empty_like(q), torch.empty_like(q)
 
 
-_OPTIONS = "Tensor? frequencies, Tensor? growth, int[] segments, int[] dilations, str rule, bool causal, float scale"
+_OPTIONS = "int[] segments, int[] dilations, str rule, bool causal, float scale"
 forward_node = register_node(
     f"dilated_boxes(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)", _forward, _shapes
 )
