@@ -27,7 +27,7 @@ CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 LARGE = ("cdmoe_million", "dilated_one_head")
 OURS = [name for name, case in CASES.items() if case.peer_of is None and name not in LARGE]
 DIFFERENTIABLE = [name for name in OURS if name != "expiry"]
-LAYERS = ("doge_attention", "cdmoe")
+LAYERS = ("doge_attention", "cdmoe", "peer")
 # Their backward passes are cuDNN's, which promises no order of sums.
 UNORDERED = ("softmax", "softmax_rope", "collinear", "collinear_128", "dilated")
 TOOLS = "/usr/local/cuda/bin"

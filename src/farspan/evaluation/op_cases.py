@@ -150,24 +150,35 @@ def _dilated(heads: int) -> Callable[[int, int, torch.dtype, torch.device], Work
     return make
 
 
-def _kept(tokens: int, keep: int = 2048) -> float:
+def _keep(tokens: int) -> int:
+    """Keys that a selection keeps: 2,048, and of short texts a quarter, so that there is something to select."""
+    return min(2048, max(1, tokens // 4))
+
+
+def _kept(tokens: int, keep: int) -> float:
     """Keys that a query sees on average."""
     seen = min(keep, tokens)
     return (seen * (seen + 1) / 2 + (tokens - seen) * seen) / tokens
 
 
-def _dynamic_mask(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
-    from farspan.ops import dynamic_mask_attention
+def _dynamic_mask(windows: int | None = None) -> Callable[[int, int, torch.dtype, torch.device], Workload]:
+    """Top-w attention with a bias per key, 16 query and 8 key heads; of all keys, or of the last `windows` times w."""
 
-    heads, groups, width = 16, 8, 64
-    leaves = draw("q", rows, tokens, heads, width, dtype=dtype, device=device)
-    leaves |= draw("k v", rows, tokens, groups, width, dtype=dtype, device=device)
-    leaves |= draw("bias", rows, tokens, groups, dtype=torch.float32, device=device)
+    def make(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
+        from farspan.ops import dynamic_mask_attention
 
-    def call(x: Leaves) -> Tensor:
-        return dynamic_mask_attention(x["q"], x["k"], x["v"], x["bias"], keep=2048)
+        heads, groups, width, keep = 16, 8, 64, _keep(tokens)
+        leaves = draw("q", rows, tokens, heads, width, dtype=dtype, device=device)
+        leaves |= draw("k v", rows, tokens, groups, width, dtype=dtype, device=device)
+        leaves |= draw("bias", rows, tokens, groups, dtype=torch.float32, device=device)
+        window = None if windows is None else windows * keep
 
-    return Workload(leaves, call, pairs(rows, tokens, heads, width, _kept(tokens)), 2.5)
+        def call(x: Leaves) -> Tensor:
+            return dynamic_mask_attention(x["q"], x["k"], x["v"], x["bias"], keep=keep, window=window)
+
+        return Workload(leaves, call, pairs(rows, tokens, heads, width, _kept(tokens, keep)), 2.5)
+
+    return make
 
 
 def _expiry(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
@@ -179,7 +190,7 @@ def _expiry(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) ->
         from farspan.ops.dynamic_mask.triton import expiry_triton as select
     else:
         select = expiry.expiry
-    return Workload(leaves, lambda x: select(x["bias"].detach(), 2048), 0.0)
+    return Workload(leaves, lambda x: select(x["bias"].detach(), _keep(tokens)), 0.0)
 
 
 def _dynamic_mask_layer(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
@@ -197,7 +208,7 @@ def _dynamic_mask_layer(rows: int, tokens: int, dtype: torch.dtype, device: torc
     positions = torch.arange(tokens, device=device).expand(rows, -1)
     x = draw("x", rows, tokens, 1024, dtype=dtype, device=device)
     projections = 2.0 * sum(p.numel() for p in layer.parameters() if p.dim() == 2) * rows * tokens
-    flops = projections + pairs(rows, tokens, 16, 64, _kept(tokens))
+    flops = projections + pairs(rows, tokens, 16, 64, _kept(tokens, 2048))
     return of_layer(layer, x, lambda mix, y: mix(y, layout=SequenceLayout(positions)), flops)
 
 
@@ -215,6 +226,17 @@ def _experts(experts: int) -> Callable[[int, int, torch.dtype, torch.device], Wo
         return of_layer(layer, x, lambda mix, y: mix(y)[0], flops)
 
     return make
+
+
+def _peer(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
+    """PEER in hidden 1024: 16,384 retrieved experts alone, 16 for each of 8 heads."""
+    from farspan.nn.experts.peer import PEER, PEEROptions
+
+    shape = SimpleNamespace(hidden_size=1024, hidden_act="silu", initializer_range=0.02)
+    with torch.device(device):
+        layer = PEER(shape, PEEROptions()).to(dtype)
+    x = draw("x", rows, tokens, 1024, dtype=dtype, device=device)
+    return of_layer(layer, x, lambda mix, y: mix(y)[0], rows * tokens * layer.flops_per_token())
 
 
 CASES: dict[str, OpCase] = {
@@ -241,12 +263,14 @@ CASES: dict[str, OpCase] = {
     "sdpa cudnn 128": OpCase(op_peers.sdpa("CUDNN_ATTENTION", width=128), "collinear_128", None, True, ATTENTION[:2]),
     "dilated": OpCase(_dilated(12), shapes=DILATED),
     "dilated_one_head": OpCase(_dilated(1), shapes=((1, 1 << 24),)),
-    "dynamic_mask": OpCase(_dynamic_mask, shapes=ATTENTION),
+    "dynamic_mask": OpCase(_dynamic_mask(), shapes=ATTENTION),
+    "dynamic_mask_window": OpCase(_dynamic_mask(2), shapes=ATTENTION),
     "expiry": OpCase(_expiry, shapes=ATTENTION),
     "doge_attention": OpCase(_dynamic_mask_layer, shapes=LAYER),
     "hf DogeAttention": OpCase(op_peers.doge_attention, "doge_attention", "transformers", False, LAYER, 8192),
     "cdmoe": OpCase(_experts(16384), shapes=LAYER),
     "hf DogeCDMoE": OpCase(op_peers.doge_experts, "cdmoe", "transformers", False, LAYER),
+    "peer": OpCase(_peer, shapes=LAYER),
     "cdmoe_million": OpCase(_experts(10**6), cuda=True, shapes=LAYER[1:]),
 }
 """Everything that can be measured, by name; a peer follows the operator that it stands beside."""
