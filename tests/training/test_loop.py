@@ -125,6 +125,14 @@ def test_the_step_is_clipped_adamw_on_the_mean_loss(dataset_directory: Path) -> 
     assert ((moved - wanted).abs() > 1e-3).float().mean() < 0.01
 
 
+def test_gradients_within_the_norm_are_left_alone(dataset_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (batch,) = batches(dataset_directory, 1, batch_size=2)
+    clipped: list[float] = []
+    monkeypatch.setattr(torch.nn.utils, "clip_grads_with_norm_", lambda _, most, norm: clipped.append(float(norm)))
+    norms = [step(tiny_model(), [batch], max_grad_norm=most)[1] for most in (0.0, 1e6, 1e-3)]
+    assert clipped == norms[2:]
+
+
 def test_recomputed_activations_change_nothing(dataset_directory: Path) -> None:
     (batch,) = batches(dataset_directory, 1, batch_size=2)
     plain, recomputing = tiny_model(), tiny_model()

@@ -290,7 +290,7 @@ def optimizer_step(
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)  # (a sharded model gives a DTensor: take full_tensor())
     check_finite(step, mean_loss, float(norm), model)
-    if settings.max_grad_norm > 0:
+    if 0 < settings.max_grad_norm < float(norm) + 1e-6:  # otherwise all gradients would be read and multiplied by 1
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), settings.max_grad_norm, norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
