@@ -62,6 +62,23 @@ def test_what_is_no_plain_linear_map_stays_apart() -> None:
         assert model.model.blocks[1].feed_forward.joint is not None
 
 
+def test_offloaded_maps_stay_apart() -> None:
+    model = tiny("metala")
+    feed_forward = model.model.blocks[0].feed_forward
+    feed_forward.gate_proj.to("meta")
+    feed_forward.up_proj.to("meta")
+    with joined(model):
+        assert feed_forward.joint is None
+        assert model.model.blocks[1].feed_forward.joint is not None
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_maps_with_a_hook_are_called(hook: str) -> None:
+    model, ids, calls = tiny("metala"), torch.randint(1, 61, (2, 9)), []
+    getattr(model.model.blocks[0].feed_forward.up_proj, hook)(lambda *_: calls.append(1))
+    assert len(list(decode(model, ids, max_new_tokens=4))) == len(calls) == 4
+
+
 def test_an_error_inside_separates_them_too() -> None:
     model = tiny("metala")
     with pytest.raises(KeyError), joined(model):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from farspan.nn.plain import is_plain
+
 
 class Joint:
     """The maps' weights laid end to end in one matrix; their parameters become views of it, so nothing is held twice.
@@ -64,15 +66,17 @@ def projected(module: Any, x: Tensor) -> tuple[Tensor, ...]:
 def joined(model: nn.Module) -> Iterator[None]:
     """Joins what the modules of a model name in `joint_projections`, and separates it again.
 
-    Only plain linear maps of one dtype on one device are joined: what has been quantised or adapted stays as it is.
+    Only plain linear maps of one dtype on one device are joined: what has been quantised, adapted or offloaded stays as
+    it is.
     """
     joints = []
     try:
         for module in model.modules():
-            linears = [getattr(module, name, None) for name in getattr(module, "joint_projections", ())]
-            places = {(x.weight.dtype, x.weight.device) for x in linears if type(x) is nn.Linear}
-            if len(linears) > 1 and all(type(x) is nn.Linear for x in linears) and len(places) == 1:
-                joint = Joint(linears)  # type: ignore[arg-type]
+            linears: list[Any] = [getattr(module, name, None) for name in getattr(module, "joint_projections", ())]
+            if len(linears) < 2 or not is_plain(*linears):
+                continue
+            if len({(linear.weight.dtype, linear.weight.device) for linear in linears}) == 1:
+                joint = Joint(linears)
                 module.joint = joint  # type: ignore[assignment]
                 joints.append((module, joint))
         yield

@@ -6,6 +6,11 @@ from torch import nn
 def is_plain(*layers: nn.Module) -> bool:
     """Whether the layers' weights and biases, read as they are, say what the layers compute.
 
-    They do not where a layer was quantised, adapted (LoRA) or offloaded: such a layer has to be called.
+    They do not where a layer was quantised, adapted (LoRA), offloaded or given a hook: such a layer has to be called.
     """
-    return all(type(layer) is nn.Linear and not layer.weight.is_meta for layer in layers)
+    return all(type(layer) is nn.Linear and not layer.weight.is_meta and not _hooked(layer) for layer in layers)
+
+
+def _hooked(layer: nn.Module) -> bool:
+    """Whether something else runs when the layer is called: a hook, or a `forward` of its own, as accelerate sets."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
