@@ -6,7 +6,13 @@ from torch.nn.functional import cross_entropy
 
 from farspan.errors import ConfigError, ShapeError
 from farspan.nn import losses
-from farspan.nn.losses import chunked_cross_entropy, classification_loss, scored_share, token_nll
+from farspan.nn.losses import (
+    chunked_cross_entropy,
+    classification_loss,
+    head_cross_entropy,
+    scored_share,
+    token_nll,
+)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -27,6 +33,16 @@ def test_equals_plain_cross_entropy(bias: bool, chunk_elements: int, monkeypatch
     nll = token_nll(hidden, weight, labels, offset)
     assert (nll[labels == -100] == 0).all()
     torch.testing.assert_close(nll.sum().double() / (labels != -100).sum(), plain.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_head_with_a_hook_is_called() -> None:
+    head, hidden, labels = torch.nn.Linear(4, 9), torch.randn(6, 4, requires_grad=True), torch.randint(0, 9, (6,))
+    want, calls = head_cross_entropy(hidden, head, labels), []
+    head.register_full_backward_hook(lambda *_: calls.append(1))
+    found = head_cross_entropy(hidden, head, labels)
+    found.backward()
+    torch.testing.assert_close(found, want)
+    assert calls == [1]
 
 
 def test_num_items_replaces_the_count() -> None:

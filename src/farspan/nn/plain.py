@@ -13,4 +13,5 @@ def is_plain(*layers: nn.Module) -> bool:
 
 def _hooked(layer: nn.Module) -> bool:
     """Whether something else runs when the layer is called: a hook, or a `forward` of its own, as accelerate sets."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer))
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    return any(hooks) or "forward" in vars(layer)
