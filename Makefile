@@ -38,7 +38,7 @@ test: .venv/.dev  ## Fast tests, without a GPU
 	$(PYTEST) -m 'not slow and not gpu'
 
 test-kernels: .venv/.dev  ## The Triton kernels in the interpreter, without a GPU
-	TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_*_interpreted.py tests/ops/test_*step.py tests/ops/test_*steps.py tests/ops/test_cross_entropy.py tests/ops/test_swiglu.py
+	TRITON_INTERPRET=1 $(PYTEST) tests/ops/test_*_interpreted.py tests/ops/test_*step.py tests/ops/test_*steps.py tests/ops/test_cross_entropy.py tests/ops/test_swiglu.py tests/ops/test_dynamic_mask_scores.py
 
 test-gpu: .venv/.dev  ## The kernels on an NVIDIA GPU
 	$(PYTEST) -m gpu
