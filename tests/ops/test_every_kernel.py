@@ -1,4 +1,4 @@
-"""Every kernel has a test that compiles it ahead of time; that each has run is for `test_every_kernel_interpreted.py`."""
+"""Every kernel has a test that compiles it ahead; that each has run is for `test_every_kernel_interpreted.py`."""
 
 import ast
 from collections.abc import Iterator
