@@ -64,7 +64,7 @@ LONG = {"order", "ids", "begins", "table", "offsets"}
 BOXES = {"D": 64, "BT": 64, "BD": 64, "NUMBERS": boxes.NUMBERS, "WORD": boxes.WORD}
 TURNED = {"K": 64, "R": 32, "HEAD": False, "BT": 32, "BK": 64}
 ROTATED = {"K": 64, "R": 32, "BT": 16, "HB": 4, "BK": 64}
-BAGS = {"ACT": "silu", "PARTS": 2, "STRETCH": 32, "PIECE": 256}
+BAGS = {"ACT": "silu", "PARTS": 2, "STRETCH": 32, "PIECE": 256, "TABLES": True}
 RANKED = {"BP": 128, "BA": 64, "BC": 512, "BK": 64}
 TILES = {"D": 64, "V": 64, "BD": 64, "BV": 64, "C": 64, "QB": 2, "DOT": tl.bfloat16, "PRECISION": "ieee"}
 TILES |= {"BN": 64, "BL": 64, "LIMITED": False, "EXACT": True, "TURNED": False}
@@ -77,9 +77,9 @@ ROWS = {"K": 64, "V": 64, "BK": 64, "BV": 64, "BM": 64, "BN": 64, "CAUSAL": True
 WIDE_ROWS = ROWS | {"K": 128, "V": 128, "BK": 128, "BV": 128}
 
 
-def bags(kernel: Any, tile: tuple[int, ...]) -> tuple[Any, dict[str, Any], int, int, bool]:
+def bags(kernel: Any, tile: tuple[int, ...], **changed: Any) -> tuple[Any, dict[str, Any], int, int, bool]:
     """A kernel of retrieved experts of 1024 channels."""
-    constants = bag_tiles._constants(kernel, tile, 1024, *BAGS.items())
+    constants = bag_tiles._constants(kernel, tile, 1024, *(BAGS | changed).items())
     return kernel, dict(constants), tile[2], tile[3], False
 
 
@@ -109,6 +109,7 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], int, int, bool]] = {
     "dots": bags(experts.dots_kernel, bag_tiles.DOTS),
     "mix": bags(experts.mix_kernel, bag_tiles.MIX),
     "expert gradient": bags(experts.gradient_kernel, bag_tiles.GRADIENT),
+    "frozen expert gradient": bags(experts.gradient_kernel, bag_tiles.GRADIENT, TABLES=False),
     "join experts": bags(experts.join_kernel, bag_tiles.JOIN),
     "product keys": (routing.topk_kernel, RANKED | {"WIDE": False}, 1, 3, False),
     "float32 product keys": (routing.topk_kernel, RANKED | {"WIDE": True}, 1, 3, False),

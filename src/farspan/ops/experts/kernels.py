@@ -83,10 +83,10 @@ def mix_kernel(
 @triton.jit(do_not_specialize=["N", "pieces"])
 def gradient_kernel(
     x, dy, weights, hidden, up, ids, order, begins, d_hidden, d_weights, d_down, d_up, sums, N, pieces,
-    R: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr, D: tl.constexpr, BR: tl.constexpr,
-    BD: tl.constexpr, STAGES: tl.constexpr,
+    R: tl.constexpr, ACT: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr, TABLES: tl.constexpr,
+    D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of an expert's two rows, of its pre-activations and of its weights, from its slots in `order`.
+    """Gradients of an expert's two rows, if `TABLES`, of its pre-activations and weights, from its slots in `order`.
 
     Both rows' gradients are sums over the same tokens, whose x and dy are read once. An expert with more than PIECE
     slots is cut wherever a stretch of PIECE places of `order` begins, and its pieces leave float32 sums: place 2 i of
@@ -113,22 +113,25 @@ def gradient_kernel(
             slot = tl.load(order + start + begin + r, mask=m_r, other=0)
             place, m = (slot // R)[:, None] * D + c[None, :], m_r[:, None] & (c < D)[None, :]
             b_dy = tl.load(dy + place, mask=m, other=0.0).to(tl.float32)
-            b_x = tl.load(x + place, mask=m, other=0.0).to(tl.float32)
+            if TABLES:
+                b_x = tl.load(x + place, mask=m, other=0.0).to(tl.float32)
             w = tl.load(weights + slot, mask=m_r, other=0.0).to(tl.float32)
             value, slope = activate(summed(hidden, slot, m_r, slots, PARTS), ACT)
             dc = tl.sum(b_dy * b_v[None, :], 1)
             dh = w * slope * dc
             tl.store(d_weights + slot, (value * dc).to(d_weights.dtype.element_ty), mask=m_r)
             tl.store(d_hidden + slot, dh, mask=m_r)
-            dv += tl.sum(b_dy * (w * value)[:, None], 0)
-            du += tl.sum(b_x * dh[:, None], 0)
-        if whole:
-            tl.store(d_down + e * D + c, du.to(d_down.dtype.element_ty), mask=c < D)
-            tl.store(d_up + e * D + c, dv.to(d_up.dtype.element_ty), mask=c < D)
-        else:
-            place = sums + (start // PIECE * 2 + tl.where(behind, 0, 1)) * 2 * D + c
-            tl.store(place, du, mask=c < D)
-            tl.store(place + D, dv, mask=c < D)
+            if TABLES:
+                dv += tl.sum(b_dy * (w * value)[:, None], 0)
+                du += tl.sum(b_x * dh[:, None], 0)
+        if TABLES:
+            if whole:
+                tl.store(d_down + e * D + c, du.to(d_down.dtype.element_ty), mask=c < D)
+                tl.store(d_up + e * D + c, dv.to(d_up.dtype.element_ty), mask=c < D)
+            else:
+                place = sums + (start // PIECE * 2 + tl.where(behind, 0, 1)) * 2 * D + c
+                tl.store(place, du, mask=c < D)
+                tl.store(place + D, dv, mask=c < D)
 
 
 @triton.jit

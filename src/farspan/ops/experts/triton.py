@@ -48,7 +48,9 @@ class _Experts(torch.autograd.Function):
             found = iter(torch.autograd.grad(out, wanted, dy.to(out.dtype), create_graph=True))
             dx, dw, d_down, d_up = (next(found) if t.requires_grad else None for t in (x, weights, down, up))
         else:
-            dx, dw, d_down, d_up = backward_node(dy.contiguous(), x, ids, weights, hidden, down, up, ctx.activation)
+            tables, options = any(ctx.needs_input_grad[3:5]), (hidden, down, up, ctx.activation)
+            dx, dw, *found = backward_node(dy.contiguous(), x, ids, weights, *options, tables)
+            d_down, d_up = found if tables else (None, None)
         return dx, None, dw, d_down, d_up, None
 
 
@@ -89,16 +91,24 @@ def _mix(coefficients: Tensor, hidden: Tensor, ids: Tensor, vectors: Tensor, out
 
 
 def _backward(
-    dy: Tensor, x: Tensor, ids: Tensor, weights: Tensor, hidden: Tensor, down: Tensor, up: Tensor, activation: str
+    dy: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    hidden: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    tables: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    results = _backward_room(dy, x, ids, weights, hidden, down, up, activation)
+    results = _backward_room(dy, x, ids, weights, hidden, down, up, activation, tables)
     if not ids.numel():
         for gradient in results:
             gradient.zero_()
         return results
     _, order, begins = Slots.of(ids, len(down))
     with torch.cuda.device_of(x):
-        _run_backward(dy, x, ids, weights, hidden, down, up, activation, order, begins, results)
+        _run_backward(dy, x, ids, weights, hidden, down, up, activation, tables, order, begins, results)
     return results
 
 
@@ -111,33 +121,45 @@ def _run_backward(
     down: Tensor,
     up: Tensor,
     activation: str,
+    tables: bool,
     order: Tensor,
     begins: Tensor,
     results: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> None:
     dx, dw, d_down, d_up = results
     (experts, width), pieces = down.shape, triton.cdiv(len(order), PIECE)
-    sums, d_hidden = hidden.new_empty(pieces, 2, 2, width), hidden.new_empty(ids.shape)
+    sums, d_hidden = hidden.new_empty(pieces if tables else 0, 2, 2, width), hidden.new_empty(ids.shape)
     arguments: tuple[Any, ...] = (x, dy, weights, hidden, up, ids, order, begins, d_hidden, dw, d_down, d_up, sums)
     arguments += (len(ids), pieces)
-    switches = {"R": ids.shape[1], "ACT": activation, "PARTS": len(hidden), "PIECE": PIECE}
+    switches = {"R": ids.shape[1], "ACT": activation, "PARTS": len(hidden), "PIECE": PIECE, "TABLES": tables}
     _launch(kernels.gradient_kernel, (pieces + experts,), arguments, GRADIENT, width, **switches)
-    arguments = sums, ids, order, begins, d_down, d_up
-    _launch(kernels.join_kernel, (pieces,), arguments, JOIN, width, PIECE=PIECE)
+    if tables:
+        arguments = sums, ids, order, begins, d_down, d_up
+        _launch(kernels.join_kernel, (pieces,), arguments, JOIN, width, PIECE=PIECE)
     _mix(d_hidden, d_hidden.unsqueeze(0), ids, down, dx, "none")
 
 
 def _backward_room(
-    dy: Tensor, x: Tensor, ids: Tensor, weights: Tensor, hidden: Tensor, down: Tensor, up: Tensor, activation: str
+    dy: Tensor,
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    hidden: Tensor,
+    down: Tensor,
+    up: Tensor,
+    activation: str,
+    tables: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weights), torch.empty_like(down), torch.empty_like(up)
+    """Room for the gradients; none for those of tables that are not wanted."""
+    d_down, d_up = (torch.empty_like(x) if tables else x.new_empty(0) for x in (down, up))
+    return torch.empty_like(x), torch.empty_like(weights), d_down, d_up
 
 
 def _rehearse(x: Tensor, ids: Tensor, weights: Tensor, down: Tensor, up: Tensor, activation: str) -> None:
     """Makes all launches for one token."""
     results = _forward_room(x, ids, weights, down, up, activation)
     _run(x, ids, weights, down, up, activation, results)
-    backward = results[0], x, ids, weights, results[1], down, up, activation
+    backward = results[0], x, ids, weights, results[1], down, up, activation, True
     _run_backward(*backward, ids[0], ids[0], _backward_room(*backward))
 
 
@@ -174,7 +196,7 @@ forward_node = register_node(
 )
 backward_node = register_node(
     "experts_backward(Tensor dy, Tensor x, Tensor ids, Tensor weights, Tensor hidden, Tensor down, Tensor up,"
-    " str activation) -> (Tensor, Tensor, Tensor, Tensor)",
+    " str activation, bool tables) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_room,
 )
