@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from farspan.ops.gated_linear.walk_kernels import tile_mask
-from farspan.ops.ssd.kernels import UNSPECIALISED, between, decays, power, softplus
+from farspan.ops.ssd.kernels import UNSPECIALISED, between, decays, power, product, softplus
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -58,9 +58,9 @@ def shared_gradient_kernel(
             b_pairs *= b_w[None, :]
             b_read = tl.dot(b_own, b_s, input_precision=PRECISION) * b_lost[:, None]
             tl.store(asked + place + o_t, tl.sum(b_read * b_mine.to(tl.float32), axis=1), mask=m_t)
-        b_d = tl.dot(tl.where(sees, b_pairs, 0.0).to(DOT), b_other, b_d, input_precision=PRECISION)
+        b_d = product(tl.where(sees, b_pairs, 0.0).to(DOT), b_other, 1.0, b_d, PRECISION)
         b_rest = (b_mine.to(tl.float32) * b_lost[:, None]).to(DOT)
-        b_d = tl.dot(b_rest, tl.trans(b_s), b_d, input_precision=PRECISION)
+        b_d = product(b_rest, tl.trans(b_s), 1.0, b_d, PRECISION)
     tl.store(gradient + place_x + o_x, b_d.to(gradient.dtype.element_ty), mask=m_x)
 
 
@@ -103,7 +103,7 @@ def value_gradient_kernel(
         b_net = tl.sum(b_pairs * b_w[:, None], axis=0)
         b_dv = tl.dot(b_k, b_ds, input_precision=PRECISION) * power(b_all - b_total)[:, None]
         b_left = tl.sum(b_dv * b_v.to(tl.float32), axis=1)
-        b_dv = tl.dot(b_at.to(DOT), b_do.to(DOT), b_dv, input_precision=PRECISION) * b_w[:, None]
+        b_dv = product(b_at.to(DOT), b_do.to(DOT), 1.0, b_dv, PRECISION) * b_w[:, None]
         b_vdo = tl.sum(b_v.to(tl.float32) * b_do.to(tl.float32), axis=1)
         b_own = b_itself * b_w
         if HAS_SKIP:

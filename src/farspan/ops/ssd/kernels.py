@@ -44,6 +44,18 @@ def power(x):
 
 
 @triton.jit
+def product(a, b, factor, more, PRECISION: tl.constexpr):
+    """`factor more + a b`.
+
+    Matrix units cut off what they add to instead of rounding it, always towards 0: with float32 inputs they are not
+    given what they would add to.
+    """
+    if PRECISION == "tf32x3":
+        return tl.fma(more, factor, tl.dot(a, b, input_precision=PRECISION))
+    return tl.dot(a, b, more * factor, input_precision=PRECISION)
+
+
+@triton.jit
 def between(b_total, b_all, LATER: tl.constexpr):
     """What has been lost from the earlier to the later of each pair of rows, and something finite for the others."""
     b_gap = b_total[None, :] - b_total[:, None] if LATER else b_total[:, None] - b_total[None, :]
@@ -120,7 +132,7 @@ def state_kernel(
                 b_kept = tl.sum(tl.sum(b_now * b_s, axis=1), axis=0) * power(b_all)
                 tl.store(kept + ((chunk + i_c) * H + i_h) * tl.num_programs(2) + i_v, b_kept)
         b_vw = (b_v.to(tl.float32) * b_w[:, None]).to(DOT)
-        b_s = tl.dot(tl.trans(b_k).to(DOT), b_vw, b_s * power(b_all), input_precision=PRECISION)
+        b_s = product(tl.trans(b_k).to(DOT), b_vw, power(b_all), b_s, PRECISION)
     if STORE_END:
         tl.store(end + own + o_s, b_s, mask=m_s)
     if STORE_LOST:
@@ -157,7 +169,7 @@ def output_kernel(
         b_total, b_all = decays(total, place, o_t, m_t, t, last, BT)
         b_o = tl.dot(b_q, b_s, input_precision=PRECISION) * power(b_total)[:, None]
         b_a = (b_qk * between(b_total, b_all, False) * b_w[None, :]).to(DOT)
-        b_o = tl.dot(b_a, b_v.to(DOT), b_o, input_precision=PRECISION)
+        b_o = product(b_a, b_v.to(DOT), 1.0, b_o, PRECISION)
         if HAS_SKIP:
             b_o += tl.load(skip + i_h).to(tl.float32) * b_v.to(tl.float32)
         tl.store(out + place_y + o_y, b_o.to(out.dtype.element_ty), mask=m_y)
