@@ -104,5 +104,9 @@ def test_what_cannot_be_a_step_is_refused() -> None:
         dilated_attention_step(*texts(2, 2, 2), buffers=buffers, **state)
     with pytest.raises(ShapeError, match="have to be contiguous"):
         dilated_attention_step(*texts(1, 2, 2), buffers=[(buffers[0][0].mT.contiguous().mT, buffers[0][1])], **state)
+    with pytest.raises(ShapeError, match=r"the values of buffers\[0\] has shape .* expected \[B, rows0, G, V\]"):
+        dilated_attention_step(*texts(1, 2, 2), buffers=[(buffers[0][0], buffers[0][0])], **state)
+    with pytest.raises(ShapeError, match=r"seen is torch\.int32, H=2, G=2; expected int64"):
+        dilated_attention_step(*texts(1, 2, 2), buffers=buffers, **state | {"seen": state["seen"].int()})
     with pytest.raises(BackendUnavailable, match="backend='triton' cannot serve here"):
         dilated_attention_step(*texts(1, 2, 2), buffers=buffers, **state, backend="triton")

@@ -79,7 +79,14 @@ def dilated_attention_step(
     contract.tensor("cos", cos, "B T r/2")
     contract.tensor("sin", sin, "B T r/2")
     contract.mask("seen", seen, "B")
-    for keys, values in buffers:
+    if seen.dtype != torch.int64 or contract.sizes["H"] % max(contract.sizes["G"], 1):
+        raise ShapeError(
+            f"dilated_attention_step: seen is {seen.dtype}, H={contract.sizes['H']}, G={contract.sizes['G']}; expected "
+            "int64, and query heads that share the key heads evenly."
+        )
+    for i, (keys, values) in enumerate(buffers):
+        contract.tensor(f"the keys of buffers[{i}]", keys, f"B rows{i} G K")
+        contract.tensor(f"the values of buffers[{i}]", values, f"B rows{i} G V")
         if not (keys.is_contiguous() and values.is_contiguous()):
             raise ShapeError("dilated_attention_step: buffers are changed in place and have to be contiguous.")
     beyond = None if settings.frequencies is None else "the kernels turn no pairs of channels"
