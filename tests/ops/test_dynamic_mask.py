@@ -13,7 +13,7 @@ import farspan.ops.dynamic_mask.torch as fast
 from farspan.errors import ConfigError, ShapeError
 from farspan.ops import dynamic_mask_attention
 from farspan.ops.dynamic_mask.blocks import block_length, live_slots
-from farspan.ops.dynamic_mask.expiry import expiry, in_window
+from farspan.ops.dynamic_mask.expiry import expiry, in_blocks, in_window, lanes_of_blocks, predecessors
 from farspan.ops.dynamic_mask.reference import Selection, kept_keys
 from farspan.ops.softmax.api import softmax_attention
 from tests import tolerances
@@ -381,6 +381,37 @@ def test_ranks_and_limits_describe_the_selection_in_a_window(
     row, place = torch.arange(length)[:, None], torch.arange(length)
     selected = (place <= row) & (row < expires.unsqueeze(2)) & (ranks.unsqueeze(2) >= limits.unsqueeze(3))
     assert torch.equal(selected, kept(bias, length, keep=keep, window=window, cu_seqlens=bounds))
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    keep=st.integers(1, 12),
+    size=st.integers(1, 9),
+    tied=st.booleans(),
+)
+def test_ranks_and_limits_describe_the_smoothed_selection(lengths: list[int], keep: int, size: int, tied: bool) -> None:
+    length, bounds = sum(lengths), boundaries(lengths)
+    bias = make(length, batch=1, tied=tied)[3].detach()
+    bias[:, 3::7] = -math.inf
+    hidden = bias.isneginf()
+    lives, ranks, limits = (
+        x.transpose(1, 2) for x in in_blocks(expiry(bias, keep, bounds).masked_fill(hidden, 0), size, bounds)
+    )
+    row, place = torch.arange(length)[:, None], torch.arange(length)
+    alive = (place <= row) & (row < lives.unsqueeze(2))
+    selected = alive & (ranks.unsqueeze(2) >= limits.unsqueeze(3)) & ~hidden.transpose(1, 2).unsqueeze(2)
+    assert torch.equal(selected, kept(bias, length, keep=keep, block_size=size, cu_seqlens=bounds))
+
+    starts = boundaries(lengths)[:-1].repeat_interleave(torch.tensor(lengths))
+    lanes = lanes_of_blocks(keep, size, length)
+    for ends, before in zip(lives[0], predecessors(lives[0], lanes, starts), strict=True):
+        lane: list[int] = []
+        for key, former in enumerate(before.tolist()):
+            lane.append(key - int(starts[key]) if former == key else lane[former])
+            assert former == key or ends[former] <= key, "a lane has two keys at once"
+        assert max(lane, default=0) < max(lanes, 1)
+        formers = [former for key, former in enumerate(before.tolist()) if former != key]
+        assert len(set(formers)) == len(formers), "two keys come in the place of one"
 
 
 def test_blocks_list_exactly_the_live_keys() -> None:

@@ -121,6 +121,16 @@ def test_windows_of_packed_documents_match_the_definition() -> None:
     compare(make(64, tied=True, batch=1), keep=4, window=10, cu_seqlens=boundaries([20, 0, 1, 43]))
 
 
+@pytest.mark.parametrize("block_size", [3, 8, 25])
+def test_blocks_that_are_kept_whole_match_the_definition(block_size: int) -> None:
+    compare(make(60, tied=True, heads=(4, 2, 1), batch=1), keep=10, block_size=block_size)
+    compare(make(20, 37, tied=True, batch=1), keep=10, block_size=block_size)
+    tensors = make(64, batch=1)
+    with torch.no_grad():
+        tensors[3][:, 10:30] = float("-inf")
+    compare(tensors, keep=6, block_size=block_size, cu_seqlens=boundaries([20, 0, 1, 43]))
+
+
 def test_another_ranking_matches_the_definition() -> None:
     compare(make(40, batch=1), keep=9, ranking=torch.randn(1, 40, 2))
 
@@ -139,11 +149,11 @@ def test_gradient_of_the_bias_does_not_round_with_the_output() -> None:
     assert_close(gradients[1], gradients[0], tolerances.FLOAT32_STEP, "d_bias")
 
 
-@pytest.mark.parametrize("window", [None, 17])
-def test_nodes_are_what_they_declare(window: int | None) -> None:
+@pytest.mark.parametrize(("window", "smoothing"), [(None, None), (17, None), (None, 4)])
+def test_nodes_are_what_they_declare(window: int | None, smoothing: int | None) -> None:
     q, k, v, bias = (x.detach().float() for x in make(40, heads=(4, 2, 2), batch=1))
     check = partial(torch.library.opcheck, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
-    plan = (bias, bias, None, 40, 2, 9, window, 16)
+    plan = (bias, bias, None, 40, 2, 9, window, smoothing, 16)
     check(kernels.plan_node, plan)
     inputs = (q, k, v, bias.transpose(1, 2).contiguous(), *kernels.plan_node(*plan))
     check(kernels.attend_node, (*inputs, 0.7))

@@ -45,8 +45,8 @@ def dynamic_mask_attention(
 
     - `"none"`: all visible keys.
     - `"topk_causal"`: the w visible keys with the largest bias, for each query. Where the bias does not depend on the
-      query and there is no window, key j is kept exactly by the queries j ≤ i < e(j) (`expiry`); in a window, by those
-      whose limit it reaches (`in_window`).
+      query and there is no window, key j is kept exactly by the queries j ≤ i < e(j) (`expiry`); in a window or with
+      smoothing, by those whose limit it reaches, too (`in_window`, `in_blocks`).
     - `"topk_global"`: the w keys of the whole sequence (document) with the largest bias, of which a query sees those it
       may see. Looks at the future: which old keys survive depends on later tokens.
     - `"relu"`: the keys with b_j > 0.
@@ -87,9 +87,9 @@ def dynamic_mask_attention(
     Cost:
         `topk_causal` with a bias per key and no window: O(T·w·H·(K + V)) time and O(S) memory beside what is saved for
         the backward pass (inputs, output and 8·(w/C + 1) bytes of indices per token and bias head); `topk_global` from
-        S ≥ 4w on likewise. `topk_causal` in a window: the same with the window in the place of w. Other selections that
-        do not depend on the query: as softmax attention. A bias per query row, a smoothing with `topk_causal`, a window
-        with padding: O(T·S) time and memory.
+        S ≥ 4w on likewise. `topk_causal` in a window: the same with the window in the place of w; with smoothing, with
+        2w + block_size. Other selections that do not depend on the query: as softmax attention. A bias per query row, a
+        window together with smoothing, either of them over padding: O(T·S) time and memory.
 
     Note:
         The published kernels select globally and apply causality afterwards; transformers selects per row. Both leave

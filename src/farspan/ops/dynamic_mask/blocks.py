@@ -30,6 +30,7 @@ def attend_live(
     scale: float,
     keep: int,
     chosen: Sequence[Tensor] | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
     """Attention of query i to the keys j ≤ i < e(j).
 
@@ -42,7 +43,8 @@ def attend_live(
         starts: `[S]`, where each key's document begins.
         scale: factor on q·k.
         keep: w, the most keys that are alive at once.
-        chosen: r and θ, `[B, S, M]` int32 from `in_window`: the living keys of rank r_j ≥ θ_i alone; None is all.
+        chosen: r and θ, `[B, S, M]` int32: the living keys of rank r_j ≥ θ_i alone; None is all.
+        before: `[B, S, M]`, the key whose lane each takes, from `predecessors`; None is the one that it displaces.
 
     Returns:
         `[B, T, H, V]` in float32 or float64, the dtype of q.
@@ -63,9 +65,9 @@ def attend_live(
     q = torch.cat((q * scale, q.new_ones(*q.shape[:-1], 1)), dim=-1)
     q = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, blocks * size - queries))
     q = q.reshape(batch, blocks, size, units, heads // units, -1).permute(0, 3, 1, 2, 4, 5)
-    slots = live_slots(
-        by_unit(expires), starts, keep=min(keep, keys), first_row=keys - queries, blocks=blocks, size=size
-    )
+    before = None if before is None else by_unit(before)
+    numbers = {"keep": min(keep, keys), "first_row": keys - queries, "blocks": blocks, "size": size}
+    slots = live_slots(by_unit(expires), starts, before=before, **numbers)
     ranks = limits = None
     if chosen is not None:
         ranks, limits = (by_unit(x) for x in chosen)
@@ -81,7 +83,16 @@ def block_length(queries: int, keep: int) -> int:
     return min(max(64, min(keep // 2, 256)), max(queries, 1))
 
 
-def live_slots(expires: Tensor, starts: Tensor, *, keep: int, first_row: int, blocks: int, size: int) -> Tensor:
+def live_slots(
+    expires: Tensor,
+    starts: Tensor,
+    *,
+    keep: int,
+    first_row: int,
+    blocks: int,
+    size: int,
+    before: Tensor | None = None,
+) -> Tensor:
     """The keys that each block of queries may see: w lanes of older keys, then the block's own.
 
     Args:
@@ -91,6 +102,7 @@ def live_slots(expires: Tensor, starts: Tensor, *, keep: int, first_row: int, bl
         first_row: place of the first query among the keys.
         blocks: number of blocks.
         size: C, rows per block.
+        before: `[R, S]`, as of `attend_live`.
 
     Returns:
         `[R, blocks, w + C]` int64, −1 for none.
@@ -98,13 +110,15 @@ def live_slots(expires: Tensor, starts: Tensor, *, keep: int, first_row: int, bl
     rows, keys = expires.shape
     place = torch.arange(keys, device=expires.device)
     starts = starts.long()
-    # successor → predecessor: who held the lane before. A key that outlives its document has no successor.
-    following = expires.long()
-    inside = (following < keys) & (following > place)
-    inside &= starts[following.clamp(max=keys - 1)] == starts
-    before = torch.arange(keys + 1, device=expires.device).repeat(rows, 1)
-    before.scatter_(1, torch.where(inside, following, keys), place.expand(rows, -1))
-    before = before[:, :keys]
+    if before is None:
+        # successor → predecessor: who held the lane before. A key that outlives its document has no successor.
+        following = expires.long()
+        inside = (following < keys) & (following > place)
+        inside &= starts[following.clamp(max=keys - 1)] == starts
+        before = torch.arange(keys + 1, device=expires.device).repeat(rows, 1)
+        before.scatter_(1, torch.where(inside, following, keys), place.expand(rows, -1))
+        before = before[:, :keys]
+    before = before.long()
     for _ in range((keys - 1).bit_length()):
         before = before.gather(1, before)
     lane = before - starts[before]

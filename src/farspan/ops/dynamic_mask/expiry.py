@@ -82,6 +82,71 @@ def in_window(bias: Tensor, keep: int, window: int, cu_seqlens: Tensor | None = 
     return expires.reshape(1, length, 1).expand(batch, length, heads), ranks, limits
 
 
+def in_blocks(expires: Tensor, size: int, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The causal top-w selection smoothed: blocks of keys stay whole while more than half of their keys do.
+
+    Keys of a full block only go, so that it is kept until the half of it has expired. While a block is being born, its
+    rows keep all of it that they see, or nothing of it: those of limit θ_i take no key of rank r_j < θ_i.
+
+    Args:
+        expires: e, `[B, S, M]` int32 from `expiry`; 0 for keys that are never chosen.
+        size: keys of a block; blocks restart with every document.
+        cu_seqlens: int32 boundaries of packed documents (B = 1).
+
+    Returns:
+        The first row that no longer keeps a key's block, r and θ, `[B, S, M]` int32.
+
+    Cost:
+        A sort.
+
+    Example:
+        >>> keys = torch.tensor([3.0, 1.0, 2.0, 2.0]).reshape(1, 4, 1)
+        >>> [x.flatten().tolist() for x in in_blocks(expiry(keys, 3), 2)]
+        [[3, 3, 4, 4], [0, 0, -2, -2], [1, 0, -1, -2]]
+    """
+    batch, length, heads = expires.shape
+    starts, ends = documents(length, cu_seqlens, expires.device)
+    place = torch.arange(length, dtype=torch.int32, device=expires.device)
+    begins = place - (place - starts) % size
+    ends = torch.minimum(begins + size, ends)
+    half = (ends - begins) // 2
+    rows = expires.transpose(1, 2).flatten(0, 1)
+    # In order of blocks and, within them, of expiries: the key with whose end no more than half of them is left.
+    block = begins.long() * (length + 1)
+    ordered = (block + rows).sort(dim=1).values
+    lives = torch.maximum((ordered[:, (ends - 1 - half).long()] - block).int(), ends)
+    chosen = rows > place
+    born = torch.zeros((len(rows), length + 1), dtype=torch.int32, device=rows.device)
+    born[:, :length] = chosen
+    born.scatter_add_(1, torch.minimum(rows, ends).masked_fill(~chosen, length).long(), -chosen.int())
+    own = born[:, :length].cumsum(1, dtype=torch.int32) > half
+    limits = (~own).int() - begins
+    ranks = (-begins).expand_as(rows)
+    lives, ranks, limits = (x.reshape(batch, heads, length).transpose(1, 2) for x in (lives, ranks, limits))
+    return lives, ranks, limits
+
+
+def lanes_of_blocks(keep: int, size: int, keys: int) -> int:
+    """How many keys of such blocks are alive at once, at most: older ones, of which more than half is kept, and one."""
+    return min((keep // (size // 2 + 1) + 1) * size, keys)
+
+
+def predecessors(lives: Tensor, lanes: int, starts: Tensor) -> Tensor:
+    """The key in whose place each comes where the first to go makes room for the next to come; itself where none did.
+
+    Args:
+        lives: `[..., S]` int32, the first row without each key, the same for keys that share a block.
+        lanes: the most keys that are alive at once.
+        starts: `[S]` int32, where each key's document begins.
+
+    Returns:
+        `[..., S]` int32.
+    """
+    place = torch.arange(lives.shape[-1], dtype=torch.int32, device=lives.device)
+    gone = lives.argsort(dim=-1, stable=True)[..., (place - lanes).clamp(min=0).long()]
+    return torch.where(place - starts >= lanes, gone.int(), place)
+
+
 def order_of(bias: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     """The keys in the order (document, bias, index), the best of a document last: ties are gone.
 

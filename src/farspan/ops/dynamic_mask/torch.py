@@ -9,7 +9,15 @@ from torch.nn.functional import pad
 from farspan.ops import varlen
 from farspan.ops._contract import compute_dtype
 from farspan.ops.dynamic_mask.blocks import HIDDEN, attend_live
-from farspan.ops.dynamic_mask.expiry import expiry, in_window, order_of, ranks_of
+from farspan.ops.dynamic_mask.expiry import (
+    expiry,
+    in_blocks,
+    in_window,
+    lanes_of_blocks,
+    order_of,
+    predecessors,
+    ranks_of,
+)
 from farspan.ops.dynamic_mask.limits import SHORT, drops_most, most_seen
 from farspan.ops.dynamic_mask.reference import Selection, dynamic_mask_attention_reference, key_blocks, smoothed
 from farspan.ops.softmax.torch import softmax_attention_sdpa
@@ -20,7 +28,7 @@ def dynamic_mask_attention_torch(
 ) -> Tensor:
     """See `dynamic_mask_attention`. Four forms, the first that fits:
 
-    - causal top-w selections: each key's expiry, then blocks of live keys, O(T·w); with a window, O(T·window);
+    - causal top-w selections: each key's expiry, then blocks of live keys, O(T·w), or O(T·window);
     - w keys that every query sees: these alone, O(T·w);
     - every key chosen once for all queries, or all keys: the bias of the others is lowered, fused kernels do the rest;
     - all else, short sequences and a single query: the definition with its masks, O(T·S) memory.
@@ -35,7 +43,8 @@ def dynamic_mask_attention_torch(
         select = "none"
     selection = replace(selection, select=select, window=window)
     fast = bias.dim() == 3 and queries > 1 and queries * keys > SHORT
-    few = select == "topk_global" and window is None and not smooth and drops_most(keys, selection)
+    plain = window is None and not smooth
+    few = select == "topk_global" and plain and drops_most(keys, selection)
     if fast and few and selection.causal:
         return _live(q, k, v, bias, scale, selection)
     if fast and few and selection.cu_seqlens is None:
@@ -43,24 +52,34 @@ def dynamic_mask_attention_torch(
     unpadded = window is None or selection.key_mask is None
     if fast and select != "topk_causal" and unpadded:
         return _fused(q, k, v, bias, scale, selection)
-    if fast and select == "topk_causal" and selection.causal and unpadded and not smooth:
+    alone = plain or (selection.key_mask is None and not (smooth and window is not None))
+    if fast and select == "topk_causal" and selection.causal and alone:
         return _live(q, k, v, bias, scale, selection)
     return dynamic_mask_attention_reference(q, k, v, bias, scale=scale, selection=selection)
 
 
 def _live(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, selection: Selection) -> Tensor:
     wide, cu_seqlens = compute_dtype(q, k, v), selection.cu_seqlens
-    bias, keep, window, chosen = candidates(bias, selection), selection.keep, selection.window, None
-    if window is None:
-        expires = expiry(ranking_of(bias, selection), keep, cu_seqlens)
-    else:
-        expires, *chosen = in_window(ranking_of(bias, selection), keep, window, cu_seqlens)
-        keep = window
     starts = torch.zeros(k.shape[1], dtype=torch.int32, device=k.device)
     if cu_seqlens is not None:
         starts = cu_seqlens[:-1][varlen.sequence_ids(cu_seqlens)]
+    bias, keep, window, size = candidates(bias, selection), selection.keep, selection.window, selection.block_size
+    ranking = ranking_of(bias, selection)
+    chosen: list[Tensor] | None = None
+    before = None
+    if window is not None:
+        expires, *chosen = in_window(ranking, keep, window, cu_seqlens)
+        keep = window
+    else:
+        expires = expiry(ranking, keep, cu_seqlens)
+    if size is not None:
+        expires, *chosen = in_blocks(expires.masked_fill(bias.isneginf(), 0), size, cu_seqlens)
+        keep = lanes_of_blocks(keep, size, k.shape[1])
+        before = predecessors(expires.transpose(1, 2), keep, starts).transpose(1, 2)
     wide_q, wide_k, wide_v, wide_bias = (x.to(wide) for x in (q, k, v, bias))
-    out = attend_live(wide_q, wide_k, wide_v, wide_bias, expires, starts, scale=scale, keep=keep, chosen=chosen)
+    out = attend_live(
+        wide_q, wide_k, wide_v, wide_bias, expires, starts, scale=scale, keep=keep, chosen=chosen, before=before
+    )
     return out.to(v.dtype)
 
 

@@ -15,7 +15,16 @@ from farspan.ops._launch import INTERPRETED, Constants, compile_ahead, launch
 from farspan.ops._library import register_node
 from farspan.ops.dynamic_mask import expiry_kernels, kernels
 from farspan.ops.dynamic_mask.blocks import HIDDEN
-from farspan.ops.dynamic_mask.expiry import documents, in_window, inverse, longest_document, order_of
+from farspan.ops.dynamic_mask.expiry import (
+    documents,
+    in_blocks,
+    in_window,
+    inverse,
+    lanes_of_blocks,
+    longest_document,
+    order_of,
+    predecessors,
+)
 from farspan.ops.dynamic_mask.reference import Selection
 from farspan.ops.dynamic_mask.torch import candidates, ranking_of
 
@@ -48,14 +57,14 @@ def dynamic_mask_attention_triton(
     if not torch.compiler.is_compiling():
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias))
         key = q.device, dtype, bias.dtype, q.shape[2:], k.shape[2:], v.shape[3], bias.shape[2]
-        forms = selection.cu_seqlens is not None, selection.window is not None, trains
+        limited = selection.window is not None or selection.block_size is not None
+        forms = selection.cu_seqlens is not None, limited, trains
         rehearse = functools.partial(_rehearse, q, k, v, bias, dtype, *forms)
         compile_ahead(("dynamic mask", *forms, *key), rehearse)
     q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
     bias = candidates(bias, selection)
-    ranking, keep, window = ranking_of(bias.detach(), selection), selection.keep, selection.window
-    tables = bias.detach(), selection.cu_seqlens, q.shape[1], units, keep, window, _block_length(q, v)
-    plan = plan_node(ranking, *tables)
+    sizes = q.shape[1], units, selection.keep, selection.window, selection.block_size, _block_length(q, v)
+    plan = plan_node(ranking_of(bias.detach(), selection), bias.detach(), selection.cu_seqlens, *sizes)
     by_unit = bias.float().clamp(min=HIDDEN).transpose(1, 2)
     by_unit = by_unit.repeat_interleave(units // bias.shape[2], dim=1).contiguous()
     out: Tensor = _Lanes.apply(q, k, v, by_unit, *plan, scale)
@@ -83,7 +92,7 @@ def _rehearse(
     q, k, v = (x.new_zeros(1, length, *x.shape[2:], dtype=dtype) for x in (q, k, v))
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=q.device) if packed else None
     ranking, by_unit = bias.new_zeros(1, length, bias.shape[2]), q.new_zeros(1, units, length, dtype=torch.float32)
-    plan = _plan(ranking, ranking, cu_seqlens, length, units, 1, 2 if limited else None, _block_length(q, v))
+    plan = _plan(ranking, ranking, cu_seqlens, length, units, 1, 2 if limited else None, None, _block_length(q, v))
     saved = _attend(q, k, v, by_unit, *plan, 1.0)
     if trains:
         _attend_gradient(torch.empty_like(saved[0]), q, k, v, by_unit, *plan, *saved, 1.0)
@@ -137,19 +146,29 @@ def _plan(
     units: int,
     keep: int,
     window: int | None,
+    smoothing: int | None,
     size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Expiry `[B·U, S]`, 0 for hidden keys; ranks `[B·U, S]`, limits `[B·U, T]` of a window, otherwise empty; keys of
-    the lanes `[B·U, blocks, W]`, −1 for none; int32."""
-    if window is None:
+    """Expiry `[B·U, S]`, 0 for hidden keys; ranks `[B·U, S]`, limits `[B·U, T]` of a window or of blocks, otherwise
+    empty; keys of the lanes `[B·U, blocks, W]`, −1 for none; int32."""
+    hidden, before, found = bias.isneginf().transpose(1, 2).flatten(0, 1), None, None
+    if window is not None:
+        found = in_window(ranking, keep, window, cu_seqlens)
+        keep = window
+    else:
         expires = expiry_triton(ranking, keep, cu_seqlens)
+    if smoothing is not None:
+        chosen = expires.masked_fill_(hidden, 0).unflatten(0, bias.shape[::2]).transpose(1, 2)
+        found = in_blocks(chosen, smoothing, cu_seqlens)
+        keep = lanes_of_blocks(keep, smoothing, bias.shape[1])
+    if found is None:
         ranks, limits = expires.new_empty(0), expires.new_empty(0)
     else:
-        found = in_window(ranking, keep, window, cu_seqlens)
         expires, ranks, limits = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in found)
-        limits, keep = limits[:, -queries:].contiguous(), window
-    hidden = bias.isneginf().transpose(1, 2).reshape(expires.shape)
-    table = _lanes(expires, cu_seqlens, queries, keep, size)
+        limits = limits[:, -queries:].contiguous()
+    if smoothing is not None:
+        before = predecessors(expires, keep, documents(bias.shape[1], cu_seqlens, bias.device)[0])
+    table = _lanes(expires, cu_seqlens, queries, keep, size, before)
     expires = expires.masked_fill_(hidden, 0)
     batch, times = bias.shape[0], units // bias.shape[2]
     expires, ranks, limits, table = (_by_unit(x, batch, times) for x in (expires, ranks, limits, table))
@@ -162,15 +181,19 @@ def _by_unit(x: Tensor, batch: int, times: int) -> Tensor:
     )
 
 
-def _lanes(expires: Tensor, cu_seqlens: Tensor | None, queries: int, keep: int, size: int) -> Tensor:
+def _lanes(
+    expires: Tensor, cu_seqlens: Tensor | None, queries: int, keep: int, size: int, before: Tensor | None
+) -> Tensor:
+    """The keys of the lanes; `before` is who held each key's lane, by default the key that it displaces."""
     rows, keys = expires.shape
     starts, ends = documents(keys, cu_seqlens, expires.device)
     blocks, lanes = triton.cdiv(queries, size), triton.cdiv(keep, LANES) * LANES
-    before = torch.arange(keys, dtype=torch.int32, device=expires.device).repeat(rows, 1)
     table = torch.full((rows, blocks, lanes), -1, dtype=torch.int32, device=expires.device)
     grid, hops = (triton.cdiv(keys, PLACES), rows), ((keys - 1).bit_length() + 1) // 2
     with torch.cuda.device_of(expires):
-        _launch(expiry_kernels.link_kernel, grid, (expires, ends, before, keys), BX=PLACES)
+        if before is None:
+            before = torch.arange(keys, dtype=torch.int32, device=expires.device).repeat(rows, 1)
+            _launch(expiry_kernels.link_kernel, grid, (expires, ends, before, keys), BX=PLACES)
         for _ in range(hops):
             _launch(expiry_kernels.hop_kernel, grid, (before, keys), BX=PLACES)
         arguments = before, starts, table, keys, keep, keys - queries, blocks, lanes
@@ -325,18 +348,22 @@ def _plan_room(
     units: int,
     keep: int,
     window: int | None,
+    smoothing: int | None,
     size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, keys, blocks = ranking.shape[0] * units, ranking.shape[1], -(-queries // size)
+    if smoothing is not None:
+        keep = lanes_of_blocks(keep, smoothing, keys)
     lanes = -(-(keep if window is None else window) // LANES) * LANES
     make = functools.partial(ranking.new_empty, dtype=torch.int32)
-    limited = (make(0), make(0)) if window is None else (make(rows, keys), make(rows, queries))
+    whole = window is None and smoothing is None
+    limited = (make(0), make(0)) if whole else (make(rows, keys), make(rows, queries))
     return make(rows, keys), *limited, make(rows, blocks, lanes)
 
 
 plan_node = register_node(
     "dynamic_mask_plan(Tensor ranking, Tensor bias, Tensor? cu_seqlens, SymInt queries, int units, int keep, "
-    "int? window, int size) -> (Tensor expires, Tensor ranks, Tensor limits, Tensor table)",
+    "int? window, int? smoothing, int size) -> (Tensor expires, Tensor ranks, Tensor limits, Tensor table)",
     _plan,
     _plan_room,
 )
