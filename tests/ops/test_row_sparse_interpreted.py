@@ -33,3 +33,13 @@ def test_kernel_moves_the_rows_of_the_torch_form(width: int, betas: tuple[float,
         for name in names:
             assert_close(found[name], wanted[name], tolerances.FLOAT32, name)
             assert torch.equal(found[name][3], before[name][3])
+
+
+def test_a_backward_pass_through_a_changed_table_is_refused() -> None:
+    table, x = torch.randn(9, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+    out = (table @ x).sum()
+    with torch.no_grad():
+        moments = torch.zeros(9, 4), torch.zeros(9, 4), torch.zeros(9)
+        update_rows_triton(table, torch.ones(9, 4), *moments, 0.1, (0.9, 0.95), 1e-8, 0.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()

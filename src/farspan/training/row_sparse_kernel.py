@@ -49,6 +49,7 @@ def update_rows_triton(
 ) -> None:
     """See `update_rows`; contiguous, at most float32."""
     rows, width = table.shape
+    torch.autograd.graph.increment_version(table)  # a kernel says nothing to autograd, which may have saved the table
     if rows and width:
         with torch.cuda.device_of(table):
             row_adamw_kernel[(rows,)](
