@@ -73,6 +73,14 @@ def test_a_label_behind_the_classes_gives_no_number() -> None:
     assert nll.isnan().tolist() == [True] + [False] * 5
 
 
+def test_a_backward_pass_through_overwritten_logits_is_refused() -> None:
+    logits, labels = make(torch.float32)
+    z = logits.requires_grad_().exp()  # which is saved
+    cross_entropy_in_place(z, labels, backend=BACKEND)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
 def test_shapes_are_checked() -> None:
     with pytest.raises(ShapeError, match=r"expected int64 \[N\] beside contiguous \[N, S\]"):
         cross_entropy_in_place(torch.zeros(3, 4), torch.zeros(2, dtype=torch.long))
