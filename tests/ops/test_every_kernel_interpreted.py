@@ -17,6 +17,10 @@ ONE_TYPE = {
     "ssd.gradient_kernels": {"step_gradient_kernel"},
     "training.row_sparse_kernel": {"row_adamw_kernel"},
 }  # fmt: skip
+# Nodes of forms in PyTorch, which `test_compile.py` and `test_short_convolution.py` hold against what they declare.
+ELSEWHERE = {
+    f"farspan::{name}{part}" for name in ("gated_linear_chunked", "short_convolution") for part in ("", "_gradient")
+}
 
 
 @pytest.fixture
@@ -46,5 +50,6 @@ def test_every_kernel_has_run_in_float32_and_float16() -> None:
 def test_every_node_has_run() -> None:
     names = torch._C._dispatch_get_all_op_names()
     registered = {name.partition(".")[0] for name in names if name.startswith("farspan::")}
-    assert registered, "no node is registered"
-    assert registered <= recording.NODES, f"never ran: {sorted(registered - recording.NODES)}"
+    assert registered >= ELSEWHERE, f"no nodes any more: {sorted(ELSEWHERE - registered)}"
+    missing = registered - recording.NODES - ELSEWHERE
+    assert not missing, f"never ran: {sorted(missing)}"

@@ -11,6 +11,7 @@ from farspan.errors import ConfigError
 from farspan.ops import short_convolution
 from tests import tolerances
 from tests.ops.checks import Named, assert_close, assert_same, boundaries, cast, outputs_and_gradients
+from tests.ops.recording import NODES, CheckedNodes
 
 shifted = importlib.import_module("farspan.ops.short_convolution.torch")
 
@@ -97,3 +98,9 @@ def test_sixteen_bit_inputs_accumulate_in_float32() -> None:
 def test_unknown_activation_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"activation='gelu' is not known. Accepted: 'silu', None"):
         convolve("auto", activation="gelu")(**make(3))
+
+
+def test_nodes_are_what_they_declare() -> None:
+    with CheckedNodes():
+        outputs_and_gradients(convolve("torch"), make(9))
+    assert {"farspan::short_convolution", "farspan::short_convolution_gradient"} <= NODES
