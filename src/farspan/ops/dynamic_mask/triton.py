@@ -34,6 +34,8 @@ ROWS, LANES, ORDERED, PLACES = 64, 64, 64, 1024
 FLOAT32_BLOCK = 2048
 # Programs along the second axis of a grid, on which heads and rows of the batch lie: CUDA takes no more.
 PROGRAMS = 65535
+# Warps and stages that keep heads of up to 64 channels in registers on cards before Hopper.
+OLDER = {"attend_kernel": (8, 3), "query_gradient_kernel": (8, 2), "lane_gradient_kernel": (4, 2)}
 # Warp-group matrix instructions fail on blocks of 32 columns.
 NARROWEST = 64
 DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -224,15 +226,18 @@ class _Call:
         (self.batch, queries, self.heads, width), (keys, groups), values = q.shape, k.shape[1:3], v.shape[3]
         self.units, self.blocks, lanes = len(table) // max(self.batch, 1), table.shape[1], table.shape[2]
         # Two heads that share keys make the 128 rows of a tile. Sums of keys stay in registers: one head at a time.
-        wide = q.dtype == torch.float32
-        self.pair = 2 if self.heads // self.units % 2 == 0 and not wide else 1
+        wide, narrow = q.dtype == torch.float32, max(width, values) <= NARROWEST
+        older = not INTERPRETED and torch.cuda.get_device_capability(q.device)[0] < 9
+        turned = wide or older and not narrow
+        self.pair = 2 if self.heads // self.units % 2 == 0 and not turned else 1
         self.past = keys - queries
         self.numbers = (self.batch, queries, keys, self.heads, groups, self.units)
         self.lanes = (self.blocks, lanes, self.past)
         self.query_grid = self.blocks, self.batch * self.heads // self.pair
         size = _block_length(q, v)
         tile = size if wide else LANES
-        self.warps = 4 if max(width, values) <= 64 or wide else 8
+        self.warps = 4 if narrow or wide else 8
+        self.schedules = OLDER if older and narrow and not wide else {}
         self.sizes = {
             "D": width,
             "V": values,
@@ -242,7 +247,7 @@ class _Call:
             "BN": tile,
             "BL": tile,
             "LIMITED": limits.numel() > 0,
-            "TURNED": wide,
+            "TURNED": turned,
             "DOT": tl.float32 if INTERPRETED else DOT[q.dtype],
             "PRECISION": "tf32x3" if wide else "ieee",
         }
@@ -257,7 +262,8 @@ class _Call:
         lanes: bool = True,
     ) -> None:
         numbers = (*self.numbers, *self.lanes) if lanes else (*self.numbers, self.past)
-        _launch(kernel, grid, (*arguments, *numbers), self.warps, stages, QB=heads, **self.sizes)
+        warps, stages = self.schedules.get(kernel.__name__, (self.warps, stages))
+        _launch(kernel, grid, (*arguments, *numbers), warps, stages, QB=heads, **self.sizes)
 
 
 def _launch(
