@@ -228,7 +228,7 @@ class _Call:
         # Two heads that share keys make the 128 rows of a tile. Sums of keys stay in registers: one head at a time.
         wide, narrow = q.dtype == torch.float32, max(width, values) <= NARROWEST
         older = not INTERPRETED and torch.cuda.get_device_capability(q.device)[0] < 9
-        turned = wide or older and not narrow
+        turned = wide or (older and not narrow)
         self.pair = 2 if self.heads // self.units % 2 == 0 and not turned else 1
         self.past = keys - queries
         self.numbers = (self.batch, queries, keys, self.heads, groups, self.units)
