@@ -89,6 +89,14 @@ def _convolution(rows: int, tokens: int, dtype: torch.dtype, device: torch.devic
     return Workload(leaves, lambda x: short_convolution(x["x"], x["w"])[0], flops, 2.0)
 
 
+def _swiglu(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
+    from farspan.ops.swiglu.api import swiglu
+
+    channels = 2048
+    leaves = draw("gate up", rows, tokens, channels, dtype=dtype, device=device)
+    return Workload(leaves, lambda x: swiglu(x["gate"], x["up"]), 2.0 * rows * tokens * channels)
+
+
 def _softmax(width: int = 64, rope: bool = False) -> Callable[[int, int, torch.dtype, torch.device], Workload]:
     """Causal softmax attention, 16 heads."""
 
@@ -132,8 +140,8 @@ def _collinear(width: int) -> Callable[[int, int, torch.dtype, torch.device], Wo
     return make
 
 
-def _dilated(heads: int) -> Callable[[int, int, torch.dtype, torch.device], Workload]:
-    """LongNet's five patterns, 64 channels a head."""
+def _dilated(heads: int, bias: bool = False) -> Callable[[int, int, torch.dtype, torch.device], Workload]:
+    """LongNet's five patterns, 64 channels a head; with a learnt bias by distance if asked for."""
 
     def make(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
         from farspan.ops import dilated_attention
@@ -141,9 +149,13 @@ def _dilated(heads: int) -> Callable[[int, int, torch.dtype, torch.device], Work
         segments, dilations = (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12)
         leaves = draw("q k v", rows, tokens, heads, 64, dtype=dtype, device=device)
         keys = sum(min(w, tokens) / r**2 for w, r in zip(segments, dilations, strict=True)) / 2
+        if bias:
+            reach = min(segments[-1], tokens)
+            leaves |= draw("distance_bias", heads, 2 * reach - 1, dtype=torch.float32, device=device)
 
         def call(x: Leaves) -> Tensor:
-            return dilated_attention(x["q"], x["k"], x["v"], segment_lengths=segments, dilations=dilations)
+            tensors, line = (x["q"], x["k"], x["v"]), x.get("distance_bias")
+            return dilated_attention(*tensors, segment_lengths=segments, dilations=dilations, distance_bias=line)
 
         return Workload(leaves, call, pairs(rows, tokens, heads, 64, keys), 2.5)
 
@@ -253,6 +265,7 @@ CASES: dict[str, OpCase] = {
     "mamba_ssm ssd": OpCase(op_peers.state_space_duality, "ssd", "mamba_ssm", True),
     "short_convolution": OpCase(_convolution, shapes=LINEAR),
     "torch conv1d": OpCase(op_peers.convolution, "short_convolution"),
+    "swiglu": OpCase(_swiglu),
     "softmax": OpCase(_softmax(), shapes=ATTENTION),
     "softmax_rope": OpCase(_softmax(rope=True), shapes=ATTENTION[:2]),
     "sdpa flash": OpCase(op_peers.sdpa("FLASH_ATTENTION"), "softmax", shapes=ATTENTION[:2]),
@@ -262,6 +275,7 @@ CASES: dict[str, OpCase] = {
     "collinear_128": OpCase(_collinear(128), shapes=ATTENTION[:2]),
     "sdpa cudnn 128": OpCase(op_peers.sdpa("CUDNN_ATTENTION", width=128), "collinear_128", None, True, ATTENTION[:2]),
     "dilated": OpCase(_dilated(12), shapes=DILATED),
+    "dilated_bias": OpCase(_dilated(12, bias=True), shapes=DILATED[:2]),
     "dilated_one_head": OpCase(_dilated(1), shapes=((1, 1 << 24),)),
     "dynamic_mask": OpCase(_dynamic_mask(), shapes=ATTENTION),
     "dynamic_mask_window": OpCase(_dynamic_mask(2), shapes=ATTENTION),
