@@ -13,7 +13,8 @@ from farspan.ops import _tiles
 from farspan.ops._tiles import Tile
 
 TUNED = (
-    "metala", "gated_linear", "cosine", "ssd", "short_convolution", "dilated", "dynamic_mask", "cdmoe",
+    "metala", "gated_linear", "cosine", "ssd", "short_convolution", "dilated", "dilated_bias", "dynamic_mask",
+    "cdmoe",
 )  # fmt: skip
 # A tile replaces the shipped one when it saves this share of the time, which is more than runs differ by.
 LEAST_GAIN = 0.03
