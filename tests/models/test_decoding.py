@@ -38,6 +38,15 @@ def test_greedy_equals_generate(mix: str) -> None:
     assert ours.tolist() == theirs[:, 9:].tolist()
 
 
+def test_few_tokens_behind_padding_equal_generate(mix: str) -> None:
+    """Fewer than the room that masks have already."""
+    model, ids, mask = tiny(mix), prompt(), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    ours = torch.stack(list(decode(model, ids, attention_mask=mask, max_new_tokens=3)), dim=1)
+    theirs = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    assert ours.tolist() == theirs[:, 9:].tolist()
+
+
 def test_a_single_row_equals_generate(mix: str) -> None:
     model, ids = tiny(mix), prompt(rows=1)
     ours = torch.stack(list(decode(model, ids, max_new_tokens=6)), dim=1)

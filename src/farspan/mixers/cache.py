@@ -154,10 +154,10 @@ class KeyValueCache(LayerCache):
             self.length = int(self.filled[0])
         elif "mask" in self.tensors:
             self._padding_first()
-        slots = self.length + steps if self.window is None else self.window
+        slots = self.window or max(self.length + steps, self.tensors["keys"].shape[1])
         for name in filter(self.tensors.__contains__, _SLOTTED):
             x = self.tensors[name]
-            if x.shape[1] < slots or (self.window is not None and x.shape[1] > slots):
+            if x.shape[1] != slots:
                 x = x.new_zeros((len(x), slots, *x.shape[2:]))
                 x[:, : self.length] = self.tensors[name][:, : self.length]
             x[:, self.length :] = 0
