@@ -15,6 +15,7 @@ MIXES = {
         "mixers": ["collinear"],
         "mixer_options": {"collinear": {"sliding_window": 4, "partial_rotary_factor": 0.5, "tie": "head"}},
     },
+    "collinear_near": {"mixers": ["collinear"], "mixer_options": {"collinear": {"sliding_window": 4}}},
     "cosine": {"mixers": ["cosine"]},
     "cosine_gpt": {
         "mixers": ["cosine"],

@@ -13,6 +13,7 @@ from tests.models.conftest import tiny
 STEPPING = [
     "collinear",
     "collinear_strict",
+    "collinear_near",
     "softmax",
     "softmax_post_norm",
     "window",
@@ -156,7 +157,7 @@ def test_a_text_needs_a_last_token() -> None:
 
 @pytest.mark.parametrize(
     "mix",
-    ["collinear", "softmax", "window", "hybrid", "dilated", "dynamic_mask_query"],
+    ["collinear", "collinear_near", "softmax", "window", "hybrid", "dilated", "dynamic_mask_query"],
 )
 def test_room_is_made_again_and_again(mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(mix)
@@ -165,7 +166,7 @@ def test_room_is_made_again_and_again(mix: str, monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(torch.stack(list(decode(model, prompt(), max_new_tokens=12))), torch.stack(want))
 
 
-@pytest.mark.parametrize("mix", ["collinear", "softmax", "window", "dilated"])
+@pytest.mark.parametrize("mix", ["collinear", "collinear_near", "softmax", "window", "dilated"])
 def test_padding_between_texts_is_moved_ahead(mix: str) -> None:
     model, ids = tiny(mix), prompt(length=6)
     mask, caches = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]]), [model.new_cache(), model.new_cache()]

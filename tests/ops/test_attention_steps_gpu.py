@@ -77,7 +77,7 @@ def test_softmax_step(
 @pytest.mark.parametrize(
     ("heads", "groups", "width", "rotary"), [(4, 4, 64, 64), (8, 2, 128, 64), (36, 12, 40, 40), (12, 12, 40, 40)]
 )
-@pytest.mark.parametrize(("slots", "written", "masked"), [(64, 0, False), (5000, 4097, True)])
+@pytest.mark.parametrize(("slots", "written", "masked"), [(64, 0, False), (5000, 4097, True), (512, 700, False)])
 def test_collinear_step(
     slots: int,
     written: int,
@@ -106,7 +106,7 @@ def test_collinear_step(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 4, 64), (8, 2, 64), (3, 1, 40)])
+@pytest.mark.parametrize(("heads", "groups", "width"), [(4, 4, 64), (8, 2, 128), (3, 1, 40)])
 @pytest.mark.parametrize("before", [0, 5003])
 def test_dilated_step(before: int, heads: int, groups: int, width: int, biased: bool, dtype: torch.dtype) -> None:
     bias = torch.randn(heads, 2 * before + 3, device="cuda") if biased else None

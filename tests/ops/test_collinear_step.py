@@ -30,13 +30,15 @@ def frequencies(rotary: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("form", "rotary"), [("slack", 8), ("slack", 4), ("strict", 8), ("strict", 2)])
-def test_steps_equal_the_whole(form: str, rotary: int) -> None:
+@pytest.mark.parametrize("window", [None, 4])
+def test_steps_equal_the_whole(form: str, rotary: int, window: int | None) -> None:
     length, theta = 7, frequencies(rotary)
     q, t, v = token(length)
     positions = torch.arange(length).expand(ROWS, -1) + torch.tensor([[0], [5]])
     angles = positions.unsqueeze(-1) * theta
-    want = collinear_attention(q, t, v, 1.5 * angles.cos(), 1.5 * angles.sin(), form=form)
-    held = Ring(torch.zeros_like(t), torch.zeros_like(v), torch.zeros(ROWS, dtype=torch.int32))
+    want = collinear_attention(q, t, v, 1.5 * angles.cos(), 1.5 * angles.sin(), form=form, window=window)
+    room = slice(window or length)
+    held = Ring(torch.zeros_like(t[:, room]), torch.zeros_like(v[:, room]), torch.zeros(ROWS, dtype=torch.int32))
     steps = []
     for i in range(length):
         now = slice(i, i + 1)
@@ -48,7 +50,7 @@ def test_steps_equal_the_whole(form: str, rotary: int) -> None:
 @pytest.mark.skipif(not INTERPRETED, reason="kernels run here in the interpreter alone")
 @pytest.mark.parametrize(("form", "rotary"), [("slack", 8), ("slack", 4), ("strict", 8), ("strict", 2)])
 @pytest.mark.parametrize("groups", [GROUPS, HEADS])
-@pytest.mark.parametrize("written", [0, 150])
+@pytest.mark.parametrize("written", [0, 150, 299, 1070])
 def test_kernels_match_the_formulas(
     form: str, rotary: int, written: int, groups: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +59,7 @@ def test_kernels_match_the_formulas(
     monkeypatch.setattr(softmax, "SIDE_BY_SIDE", 64)  # so that there are several stretches
     q, t, v = token(1, groups)
     slots, theta = 300, frequencies(rotary)
-    padding = written // 2
+    padding = 0 if written > slots else written // 2
     mask = torch.arange(slots).expand(ROWS, -1) >= torch.tensor([[0], [padding]])
     filled = torch.full((ROWS,), written, dtype=torch.int32)
     held = Ring(drawn(ROWS, slots, groups, WIDTH // 2).relu(), drawn(ROWS, slots, groups, 6), filled, mask.clone())

@@ -17,18 +17,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from farspan.ops._launch_step import step_warps
-from farspan.ops.collinear.step_kernels import collinear_kernel
+from farspan.ops.collinear.step_kernels import collinear_kernel, collinear_lanes_kernel
 from farspan.ops.cosine.step_kernels import step_kernel as cosine
 from farspan.ops.cross_entropy.kernels import cross_entropy_kernel
 from farspan.ops.cross_entropy.triton import FORMS as CROSS_ENTROPY
 from farspan.ops.dilated.step_kernels import live_kernel
-from farspan.ops.dilated.step_triton import lanes
 from farspan.ops.metala.step_kernels import step_kernel as metala
 from farspan.ops.short_convolution import kernels as convolutions
 from farspan.ops.short_convolution.step_kernels import step_kernel as convolution
 from farspan.ops.short_convolution.triton import _constants as convolution_constants
 from farspan.ops.softmax.step_kernels import attend_kernel, merge_kernel
-from farspan.ops.softmax.step_triton import BLOCK
+from farspan.ops.softmax.step_triton import BLOCK, lanes
 from farspan.ops.ssd.step_kernels import step_kernel as ssd
 from farspan.ops.swiglu import kernels as products
 
@@ -47,6 +46,7 @@ STATE = {"H": 16, "K": 64, "V": 128, "BK": 64, "BV": 128}
 TAPS = dict(zip(("biased", "silu", "state", "packed", "even"), (True,) * 5, strict=True))
 FLAGS = {"OWN_KEY": False, "AUGMENT": True, "INSIDE": True, "NORMALIZE": True, "GATED": True}
 SLOTS = {"G": 4, "Q": 4, "MASKED": True, "QB": 16, "BT": BLOCK, "DOT": tl.bfloat16, "PRECISION": "ieee"}
+LANES = {"G": 16, "STRICT": False, "MASKED": True}
 LIVE = {"H": 16, "Q": 4, "BIAS": True, "SEGMENTS": (2048, 8192, 32768), "DILATIONS": (1, 4, 12)}
 KERNELS = {
     "metala": (metala, STATE | FLAGS),
@@ -66,7 +66,13 @@ KERNELS = {
     "wide softmax": (attend_kernel, SLOTS | {"K": 128, "V": 128, "R": 32, "INTERLEAVED": True, "BK": 128, "BV": 128}),
     "collinear": (collinear_kernel, SLOTS | {"K": 64, "V": 64, "R": 64, "STRICT": False, "BJ": 32, "BV": 64}),
     "wide collinear": (collinear_kernel, SLOTS | {"K": 128, "V": 128, "R": 64, "STRICT": True, "BJ": 64, "BV": 128}),
-    "dilated": (live_kernel, LIVE | {"K": 64, "V": 64, "R": 64, "BT": lanes(64), "BK": 64, "BV": 64}),
+    "collinear lanes": (collinear_lanes_kernel, LANES | {"K": 64, "V": 64, "R": 64, "BJ": 32, "BV": 64} | lanes(64, 2)),
+    "wide collinear lanes": (
+        collinear_lanes_kernel,
+        LANES | {"K": 128, "V": 128, "R": 64, "BJ": 64, "BV": 128} | lanes(128, 2),
+    ),
+    "dilated": (live_kernel, LIVE | {"K": 64, "V": 64, "R": 64, "BK": 64, "BV": 64} | lanes(64, 4)),
+    "wide dilated": (live_kernel, LIVE | {"K": 128, "V": 128, "R": 0, "BK": 128, "BV": 128} | lanes(128, 4)),
     "merge": (merge_kernel, {"H": 16, "V": 128, "BS": 16, "BV": 128}),
 }
 
@@ -84,9 +90,11 @@ def compiled(kernel: Any, values: dict[str, Any], architecture: int, warps: int)
             kind = WHOLE.get(name, "*fp32" if name in FLOAT32 else "*bf16")
             listed = "SEGMENTS" in values and name in ("p_keys", "p_values")
             signature[name] = (kind,) * 3 if listed else kind
-    attributes = {
-        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if str(kind).startswith("*")
-    }
+    attributes = {}
+    for i, kind in enumerate(signature.values()):
+        places = [(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)]
+        aligned = str(kind).startswith("*") or isinstance(kind, tuple)
+        attributes |= {place: [["tt.divisibility", 16]] for place in (places if aligned else ())}
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=attributes)
     return compile(source, GPUTarget("cuda", architecture, 32), {"num_warps": warps})
 
@@ -96,6 +104,7 @@ def compiled(kernel: Any, values: dict[str, Any], architecture: int, warps: int)
 def test_step_compiles(name: str, architecture: int, tmp_path: Path) -> None:
     kernel, values = KERNELS[name]
     warps = step_warps(values["BK"], values["BV"]) if "BK" in values and "BT" not in values else 4
+    warps, values = values.get("num_warps", warps), {key: x for key, x in values.items() if key != "num_warps"}
     binary = compiled(kernel, values, architecture, warps)
     assert binary.metadata.shared <= SHARED_MEMORY[architecture]
     path = tmp_path / "kernel.cubin"

@@ -185,12 +185,12 @@ class CoefficientCache(KeyValueCache):
 
     Args:
         window: number of keys a query sees, itself included; None keeps all keys.
-        steps: whether `collinear_attention_step` can serve; it also needs all keys, and positions that count on.
+        steps: whether `collinear_attention_step` can serve; it also needs positions that count on.
     """
 
     def __init__(self, window: int | None = None, *, steps: bool = True) -> None:
         super().__init__(window)
-        self._steps = steps and window is None
+        self._steps = steps
 
     @property
     def can_pin(self) -> bool:  # type: ignore[override]

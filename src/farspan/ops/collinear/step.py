@@ -26,7 +26,7 @@ def collinear_attention_step(
 ) -> Tensor:
     """`collinear_attention` of one token per row behind coefficients, which it joins; no gradients.
 
-        t_s ↦ key R_p(s) t_s,  p(s) = p + s − n, n = `filled`;  o = Σ_s softmax_s(q' · key_s) v_s;  n ← n + 1
+        t_s ↦ key R_p(s) t_s,  p(s) = p − (n − s) mod S, n = `filled`;  o = Σ_s softmax_s(q' · key_s) v_s;  n ← n + 1
 
     With A, B from the query, a score is Σ_j t_j (A_j cos(p θ_j) + B_j sin(p θ_j)). The kernels turn A and B once for a
     block of slots, and rotate its coefficients by their place in the block: no table of angles is read.
@@ -34,8 +34,8 @@ def collinear_attention_step(
     Args:
         q: `[B, 1, H, K]`.
         t, v: `[B, 1, G, K/2]` from `collinear_coefficients` and `[B, 1, G, V]`.
-        ring: coefficients `[B, S, G, K/2]` and values, with a free slot; positions count on from slot to slot, so that
-            padding stands in front. Changed in place.
+        ring: coefficients `[B, S, G, K/2]` and values; positions count on from one token to the next, so that padding
+            stands in front. Changed in place.
         positions: `[B, 1]` of the new token.
         frequencies: `[r/2]` float32, θ.
         rotary_scale: factor on cos and sin (YaRN).
@@ -95,7 +95,8 @@ def collinear_attention_step_torch(
 ) -> Tensor:
     """The formulas as they stand; arguments as `collinear_attention_step`."""
     slots = torch.arange(ring.keys.shape[1], device=q.device)
-    angles = (positions - ring.filled.unsqueeze(1) + slots).unsqueeze(-1).float() * frequencies
+    back = (ring.filled.unsqueeze(1) - slots) % len(slots)
+    angles = (positions - back).unsqueeze(-1).float() * frequencies
     cos, sin = angles.cos() * rotary_scale, angles.sin() * rotary_scale
     now = positions.unsqueeze(-1).float() * frequencies
     query = collinear_query(q, now.cos() * rotary_scale, now.sin() * rotary_scale, form=form, scale=scale)

@@ -4,9 +4,12 @@ import triton
 from torch import Tensor
 
 from farspan.ops._launch_step import dense_rows
-from farspan.ops.collinear.step_kernels import collinear_kernel
+from farspan.ops.collinear.step_kernels import collinear_kernel, collinear_lanes_kernel
 from farspan.ops.softmax.step import Ring
-from farspan.ops.softmax.step_triton import Split
+from farspan.ops.softmax.step_triton import WARPS, Split, lanes
+
+# Warps of a program of one query head, which multiplies no matrices.
+ALONE_WARPS = 2
 
 
 def collinear_attention_step_triton(
@@ -22,8 +25,14 @@ def collinear_attention_step_triton(
 ) -> Tensor:
     """The kernels' form of `collinear_attention_step`; arguments as there."""
     q, t, v = (dense_rows(x) for x in (q, t, v))
-    split = Split(q, ring, v.dtype)
-    collinear_kernel[split.grid](
+    alone = q.shape[2] == t.shape[2]
+    split = Split(q, ring, v.dtype, ALONE_WARPS if alone else WARPS)
+    kernel, constants = collinear_kernel, split.constants
+    if alone:
+        kernel, constants = collinear_lanes_kernel, split.sizes | lanes(v.shape[-1], ALONE_WARPS)
+    else:
+        constants["QB"] = max(16, 2 * triton.next_power_of_2(constants["Q"]))
+    kernel[split.grid](
         q,
         t,
         v,
@@ -40,6 +49,6 @@ def collinear_attention_step_triton(
         R=2 * len(frequencies),
         STRICT=form == "strict",
         BJ=max(16, triton.next_power_of_2(q.shape[-1] // 2)),
-        **split.constants,
+        **constants,
     )
     return split.merge()

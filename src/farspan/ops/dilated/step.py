@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from farspan.errors import ShapeError
-from farspan.ops._backend import no_double, register, resolve
+from farspan.ops._backend import register, resolve
 from farspan.ops._contract import Contract, without_autocast
 from farspan.ops.dilated.live import LivePattern, dilated_attention_live
 from farspan.ops.dilated.patterns import DilatedSettings
 from farspan.ops.rotary import apply_rotary
+from farspan.ops.softmax.step import beyond_steps
 
 Buffers = Sequence[tuple[Tensor, Tensor]]
 
@@ -44,7 +45,7 @@ def dilated_attention_step(
         seen: `[B]` int64, tokens read so far; changed in place.
         settings: of `dilated_attention`; scale, bias and rotation are read.
         cos, sin: `[B, 1, r/2]` float32, of the rotation R of the first r channels; None rotates nothing.
-        backend: `"auto"`, `"reference"`, `"torch"` (the same function) or `"triton"`: K, V ≤ 64, no `frequencies`.
+        backend: `"auto"`, `"reference"`, `"torch"` (the same function) or `"triton"`: K, V ≤ 128, no `frequencies`.
 
     Returns:
         `[B, 1, H, V]` in v's dtype; 0 where no pattern keeps the place.
@@ -99,9 +100,9 @@ def dilated_attention_step(
 
 def narrow(tensors: Sequence[Tensor]) -> str | None:
     """Why the kernels cannot serve these tensors; None if they can."""
-    if any(x.shape[-1] > 64 for x in tensors):
-        return "the kernels take heads of at most 64 channels: Triton 3.6 fails to compile them for wider ones"
-    return no_double(tensors)
+    if any(x.shape[-1] > 128 for x in tensors):
+        return "the kernels take heads of at most 128 channels: Triton 3.6 fails to compile them for wider ones"
+    return beyond_steps(tensors)
 
 
 def dilated_attention_step_torch(

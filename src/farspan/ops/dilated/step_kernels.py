@@ -18,7 +18,7 @@ def live_kernel(
     p_q, p_k, p_v, p_cos, p_sin, p_bias, p_keys, p_values, p_slots, p_heads, p_seen, p_parts, p_stats, scale, centre,
     parts, q_row, k_row, v_row, H: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
     BIAS: tl.constexpr, SEGMENTS: tl.constexpr, DILATIONS: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr,
+    BV: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One stretch of every pattern for one query head; `*_row` are the distances of batch rows.
 
@@ -40,30 +40,32 @@ def live_kernel(
     for i in tl.static_range(len(p_keys)):
         inside = (n % SEGMENTS[i]).to(tl.int32)
         offset = tl.load(p_heads + (i * H + head) * 2)
-        if inside % DILATIONS[i] == offset:
-            first = tl.load(p_heads + (i * H + head) * 2 + 1) * tl.load(p_slots + i * 2 + 1)
-            begin = (row * tl.load(p_slots + i * 2) + first) * (H // Q) + group
-            keys, values = p_keys[i] + begin * K, p_values[i] + begin * V
-            old = inside // DILATIONS[i]
-            if part == 0:
-                times += 1.0
-                place = old.to(tl.int64) * (H // Q)
-                tl.store(keys + place * K + o_k, b_new, mask=m_k)
-                tl.store(values + place * V + o_v, b_value, mask=m_v)
-            each = tl.cdiv(tl.cdiv(old, BT), parts) * BT
-            stop = tl.minimum(old, part * each + each)
-            for start in range(part * each, stop, BT):
-                slot = start + o_t
-                seen = slot < stop
-                at = slot.to(tl.int64)[:, None] * (H // Q)
-                b_k = tl.load(keys + at * K + o_k[None, :], mask=seen[:, None] & m_k[None, :], other=0.0)
-                b_v = tl.load(values + at * V + o_v[None, :], mask=seen[:, None] & m_v[None, :], other=0.0)
-                b_s = tl.sum(b_k.to(tl.float32) * b_q[None, :], axis=1)
-                if BIAS:
-                    ahead = slot * DILATIONS[i] + offset - inside
-                    line = p_bias + head.to(tl.int64) * (2 * centre + 1) + centre
-                    b_s += tl.load(line + ahead, mask=seen, other=0.0).to(tl.float32) * LOG2E
-                b_max, b_sum, b_out = fold_lanes(b_s, seen, b_v, b_max, b_sum, b_out)
+        taken = inside % DILATIONS[i] == offset
+        first = tl.load(p_heads + (i * H + head) * 2 + 1) * tl.load(p_slots + i * 2 + 1)
+        begin = (row * tl.load(p_slots + i * 2) + first) * (H // Q) + group
+        keys, values = p_keys[i] + begin * K, p_values[i] + begin * V
+        # A pattern that does not keep the place shows no slots: a branch around a loop upsets the compiler.
+        old = inside // DILATIONS[i]
+        here = taken & (part == 0)
+        place = old.to(tl.int64) * (H // Q)
+        tl.store(keys + place * K + o_k, b_new, mask=o_k < tl.where(here, K, 0))
+        tl.store(values + place * V + o_v, b_value, mask=o_v < tl.where(here, V, 0))
+        times += tl.where(here, 1.0, 0.0)
+        old = tl.where(taken, old, 0)
+        each = tl.cdiv(tl.cdiv(old, BT), parts) * BT
+        stop = tl.minimum(old, part * each + each)
+        for start in tl.range(part * each, stop, BT, num_stages=STAGES):
+            slot = start + o_t
+            seen = slot < stop
+            at = slot.to(tl.int64)[:, None] * (H // Q)
+            b_k = tl.load(keys + at * K + o_k[None, :], mask=seen[:, None] & m_k[None, :], other=0.0)
+            b_v = tl.load(values + at * V + o_v[None, :], mask=seen[:, None] & m_v[None, :], other=0.0)
+            b_s = tl.sum(b_k.to(tl.float32) * b_q[None, :], axis=1)
+            if BIAS:
+                ahead = slot * DILATIONS[i] + offset - inside
+                line = p_bias + head.to(tl.int64) * (2 * centre + 1) + centre
+                b_s += tl.load(line + ahead, mask=seen, other=0.0).to(tl.float32) * LOG2E
+            b_max, b_sum, b_out = fold_lanes(b_s, seen, b_v, b_max, b_sum, b_out)
     b_s = tl.sum(b_new.to(tl.float32) * b_q, axis=0)
     if BIAS:
         b_s += tl.load(p_bias + head.to(tl.int64) * (2 * centre + 1) + centre).to(tl.float32) * LOG2E

@@ -10,7 +10,7 @@ from farspan.ops._launch_step import dense_rows
 from farspan.ops.dilated.live import LivePattern, on_device
 from farspan.ops.dilated.patterns import DilatedSettings
 from farspan.ops.dilated.step_kernels import live_kernel
-from farspan.ops.softmax.step_triton import Stretches
+from farspan.ops.softmax.step_triton import WARPS, Stretches, lanes
 
 
 def dilated_attention_step_triton(
@@ -57,17 +57,11 @@ def dilated_attention_step_triton(
         BIAS=bias is not None,
         SEGMENTS=tuple(pattern.segment for pattern in patterns),
         DILATIONS=tuple(pattern.dilation for pattern in patterns),
-        BT=lanes(max(q.shape[-1], width)),
         BK=max(16, triton.next_power_of_2(q.shape[-1])),
         BV=max(16, triton.next_power_of_2(width)),
-        num_warps=4,
+        **lanes(max(q.shape[-1], width), WARPS),
     )
     return room.merge()
-
-
-def lanes(width: int) -> int:
-    """Slots that a program takes at a time, for heads of so many channels."""
-    return 4096 // triton.next_power_of_2(width)
 
 
 @functools.lru_cache(maxsize=64)

@@ -13,8 +13,8 @@ from farspan.ops._launch_step import dense_rows
 from farspan.ops.softmax.step import Ring
 from farspan.ops.softmax.step_kernels import attend_kernel, merge_kernel
 
-# Slots of a block; stretches at most; programs that a multiprocessor runs side by side.
-BLOCK, MOST_PARTS, SIDE_BY_SIDE = 64, 128, 6
+# Slots of a block; stretches at most; programs of so many warps that a multiprocessor runs side by side.
+BLOCK, MOST_PARTS, SIDE_BY_SIDE, WARPS = 64, 128, 6, 4
 DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -62,11 +62,14 @@ class Stretches:
         slots: at most.
         count: `[B]`, tokens read so far; merging counts one more.
         dtype: of the output.
+        warps: of a program.
     """
 
-    def __init__(self, q: Tensor, width: int, programs: int, slots: int, count: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, q: Tensor, width: int, programs: int, slots: int, count: Tensor, dtype: torch.dtype, warps: int = WARPS
+    ) -> None:
         self.rows, _, self.heads, _ = q.shape
-        at_once = SIDE_BY_SIDE * _multiprocessors(q.get_device())
+        at_once = SIDE_BY_SIDE * WARPS // warps * _multiprocessors(q.get_device())
         self.parts = max(1, min(at_once // (self.rows * programs), triton.cdiv(slots, 4 * BLOCK), MOST_PARTS))
         self.grid = programs, self.parts, self.rows
         self.sums = q.new_empty((self.rows, self.heads, self.parts, width), dtype=torch.float32)
@@ -91,29 +94,32 @@ class Split(Stretches):
         q: `[B, 1, H, K]`.
         ring: the slots.
         dtype: of the output.
+        warps: of a program.
     """
 
-    def __init__(self, q: Tensor, ring: Ring, dtype: torch.dtype) -> None:
+    def __init__(self, q: Tensor, ring: Ring, dtype: torch.dtype, warps: int = WARPS) -> None:
         slots, groups, width = ring.values.shape[1:]
-        super().__init__(q, width, groups, slots, ring.filled, dtype)
+        super().__init__(q, width, groups, slots, ring.filled, dtype, warps)
         # What is not there is stood for by something; it is never read.
         mask = self.stats if ring.mask is None else ring.mask.view(torch.uint8)
         self.tensors = ring.keys, ring.values, mask, ring.filled, self.sums, self.stats
+        self.sizes: dict[str, Any] = {"G": groups, "K": q.shape[-1], "V": width, "MASKED": ring.mask is not None}
+        self.sizes["BV"] = max(16, triton.next_power_of_2(width))
         dot = tl.float32 if INTERPRETED else DOTS.get(ring.keys.dtype, tl.float32)
-        self.constants: dict[str, Any] = {
-            "G": groups,
+        self.constants: dict[str, Any] = self.sizes | {
             "Q": self.heads // groups,
-            "K": q.shape[-1],
-            "V": width,
-            "MASKED": ring.mask is not None,
             "QB": max(16, triton.next_power_of_2(self.heads // groups)),
             "BT": BLOCK if max(q.shape[-1], width) <= 128 and dot is not tl.float32 else BLOCK // 2,
-            "BV": max(16, triton.next_power_of_2(width)),
             "DOT": dot,
             "PRECISION": "ieee",
-            "num_warps": 4,
+            "num_warps": WARPS,
             "num_stages": 3,
         }
+
+
+def lanes(width: int, warps: int) -> dict[str, int]:
+    """Sizes of programs that multiply no matrices, for heads of so many channels: a slot a lane, some at a time."""
+    return {"BT": max(8, 2048 // triton.next_power_of_2(width)), "STAGES": 3, "num_warps": warps}
 
 
 @functools.cache
