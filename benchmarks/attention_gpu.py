@@ -195,19 +195,16 @@ def dynamic_mask_checks() -> list[dict[str, Any]]:
         "bias per query head, K=128, float32": (1024, 300, (4, 1, 4), 128, torch.float32),
         "a window": (1500, 200, (4, 2, 2), 64, torch.bfloat16),
         "a window, float32": (1500, 200, (4, 2, 2), 64, torch.float32),
+        "blocks of 16": (1500, 200, (4, 2, 2), 64, torch.bfloat16),
     }
     for case, (length, keep, (heads, key_heads, bias_heads), width, dtype) in cases.items():
         shape = (2, length, key_heads, width)
         x = {"q": normal(2, length, heads, width, dtype=dtype), "k": normal(*shape, dtype=dtype)}
         x |= {"v": normal(*shape, dtype=dtype), "bias": normal(2, length, bias_heads, dtype=torch.float32)}
-        window = 500 if "window" in case else None
-        kept = kept_keys(x["bias"], length, Selection(keep=keep, window=window)).repeat_interleave(
-            heads // bias_heads, dim=1
-        )
-        exact, fast = (
-            partial(dynamic_mask_attention, keep=keep, window=window, backend=backend)
-            for backend in ("torch", "triton")
-        )
+        options = {"keep": keep, "window": 500 if "window" in case else None}
+        options["block_size"] = 16 if "blocks" in case else None
+        kept = kept_keys(x["bias"], length, Selection(**options)).repeat_interleave(heads // bias_heads, dim=1)
+        exact, fast = (partial(dynamic_mask_attention, **options, backend=backend) for backend in ("torch", "triton"))
 
         def rounded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, kept: Tensor = kept) -> Tensor:
             added = bias.transpose(1, 2).repeat_interleave(q.shape[2] // bias.shape[2], dim=1).unsqueeze(2)

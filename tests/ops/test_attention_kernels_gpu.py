@@ -175,16 +175,18 @@ def test_dynamic_mask_with_padding_or_packed_matches_torch() -> None:
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-@pytest.mark.parametrize(("heads", "width", "window"), [((4, 2, 1), 64, 257), ((3, 3, 3), 128, 400)])
-def test_dynamic_mask_of_a_window_matches_the_definition(
-    heads: tuple[int, int, int], width: int, window: int, dtype: torch.dtype
+@pytest.mark.parametrize(("heads", "width", "size"), [((4, 2, 1), 64, 257), ((3, 3, 3), 128, 400)])
+@pytest.mark.parametrize("kind", ["window", "block_size"])
+def test_dynamic_mask_of_a_window_or_of_blocks_matches_the_definition(
+    kind: str, heads: tuple[int, int, int], width: int, size: int, dtype: torch.dtype
 ) -> None:
     query_heads, key_heads, bias_heads = heads
     key, bounds = (1, 700, key_heads, width), boundaries([250, 0, 1, 449]).cuda()
     x = normal(dtype, q=(1, 700, query_heads, width), k=key, v=key)
     x["bias"] = torch.randn(1, 700, bias_heads, device="cuda").round()
-    compare(partial(dynamic_mask_attention, keep=100, window=window), x, "reference")
-    compare(partial(dynamic_mask_attention, keep=100, window=window, cu_seqlens=bounds), x, "reference")
+    selection = {"keep": 100, kind: size if kind == "window" else size // 30}
+    compare(partial(dynamic_mask_attention, **selection), x, "reference")
+    compare(partial(dynamic_mask_attention, **selection, cu_seqlens=bounds), x, "reference")
 
 
 @pytest.mark.slow

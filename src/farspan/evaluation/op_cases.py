@@ -173,8 +173,10 @@ def _kept(tokens: int, keep: int) -> float:
     return (seen * (seen + 1) / 2 + (tokens - seen) * seen) / tokens
 
 
-def _dynamic_mask(windows: int | None = None) -> Callable[[int, int, torch.dtype, torch.device], Workload]:
-    """Top-w attention with a bias per key, 16 query and 8 key heads; of all keys, or of the last `windows` times w."""
+def _dynamic_mask(
+    windows: int | None = None, block_size: int | None = None
+) -> Callable[[int, int, torch.dtype, torch.device], Workload]:
+    """Top-w attention with a bias per key, 16 query and 8 key heads; of the last `windows` · w keys, or in blocks."""
 
     def make(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
         from farspan.ops import dynamic_mask_attention
@@ -186,7 +188,8 @@ def _dynamic_mask(windows: int | None = None) -> Callable[[int, int, torch.dtype
         window = None if windows is None else windows * keep
 
         def call(x: Leaves) -> Tensor:
-            return dynamic_mask_attention(x["q"], x["k"], x["v"], x["bias"], keep=keep, window=window)
+            tensors = x["q"], x["k"], x["v"], x["bias"]
+            return dynamic_mask_attention(*tensors, keep=keep, window=window, block_size=block_size)
 
         return Workload(leaves, call, pairs(rows, tokens, heads, width, _kept(tokens, keep)), 2.5)
 
@@ -278,7 +281,8 @@ CASES: dict[str, OpCase] = {
     "dilated_bias": OpCase(_dilated(12, bias=True), shapes=DILATED[:2]),
     "dilated_one_head": OpCase(_dilated(1), shapes=((1, 1 << 24),)),
     "dynamic_mask": OpCase(_dynamic_mask(), shapes=ATTENTION),
-    "dynamic_mask_window": OpCase(_dynamic_mask(2), shapes=ATTENTION),
+    "dynamic_mask_window": OpCase(_dynamic_mask(windows=2), shapes=ATTENTION),
+    "dynamic_mask_blocks": OpCase(_dynamic_mask(block_size=64), shapes=ATTENTION),
     "expiry": OpCase(_expiry, shapes=ATTENTION),
     "doge_attention": OpCase(_dynamic_mask_layer, shapes=LAYER),
     "hf DogeAttention": OpCase(op_peers.doge_attention, "doge_attention", "transformers", False, LAYER, 8192),

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from farspan.ops._contract import plain_backward
 
-# Entries of the score matrix that are formed at once; they stay in the cache of a core.
-SCORES_AT_ONCE = 1 << 18
+# Entries of the score matrix that are formed at once: in the cache of a core, or enough to fill a GPU.
+SCORES_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 24}
 HIDDEN = -1e30
 
 
@@ -209,7 +209,8 @@ class _Plan:
 
     def parts(self) -> list[slice]:
         """Slices of the blocks whose scores are formed together."""
-        step = max(1, SCORES_AT_ONCE // max(1, self.q.shape[1] * self.index.shape[1]))
+        most = SCORES_AT_ONCE.get(self.q.device.type, SCORES_AT_ONCE["cpu"])
+        step = max(1, most // max(1, self.q.shape[1] * self.index.shape[1]))
         return [slice(a, a + step) for a in range(0, len(self.q), step)]
 
     def weights(self, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -24,11 +24,13 @@ def option_limits(q: Tensor, k: Tensor, bias: Tensor, selection: Selection) -> s
     """Why the kernels cannot serve this selection; None if they can."""
     if not selection.select.startswith("topk") or not selection.causal or bias.dim() != 3:
         return "the kernels serve top-k selections with causal=True and a bias per key"
-    if selection.block_size is not None:
-        return "the kernels have no block_size"
-    if selection.window is not None and (selection.select != "topk_causal" or selection.key_mask is not None):
-        return "the kernels take a window with select='topk_causal' and without key_mask alone"
-    if selection.keep >= most_seen(k.shape[1], selection):
+    smooth = selection.block_size is not None
+    if smooth or selection.window is not None:
+        if selection.select != "topk_causal" or selection.key_mask is not None:
+            return "the kernels take window and block_size with select='topk_causal' and without key_mask alone"
+        if smooth and selection.window is not None:
+            return "the kernels take either window or block_size"
+    if selection.keep >= most_seen(k.shape[1], selection) and not smooth:
         return f"keep={selection.keep} drops none of {most_seen(k.shape[1], selection)} keys"
     if selection.select == "topk_global" and not drops_most(k.shape[1], selection):
         return f"keep={selection.keep} of {k.shape[1]} keys leave most pairs, which PyTorch's fused kernels do faster"
