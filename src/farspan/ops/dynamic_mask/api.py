@@ -72,8 +72,8 @@ def dynamic_mask_attention(
         key_mask: `[B, S]` bool or integer, True or 1 = a real key.
         cu_seqlens: `[num_seqs + 1]` int32 boundaries of documents packed in one row (B = 1, S = T); each selects alone.
         backend: `"auto"`, `"reference"`, `"torch"` or `"triton"` (kernels: no float64, K and V ≤ 128, a causal top-k
-            with a bias per key, no smoothing; `topk_global` from S ≥ 4w on; a window with `topk_causal` and without
-            key_mask alone).
+            with a bias per key; `topk_global` from S ≥ 4w on; window or smoothing with `topk_causal`, one of them, and
+            without key_mask).
 
     Returns:
         `[B, T, H, V]` in v's dtype; a query without any key gives 0. The bias has a gradient at the kept keys only; the
@@ -138,7 +138,7 @@ def dynamic_mask_attention(
         keep=keep,
         block_size=block_size,
         causal=causal,
-        window=window,
+        window=None if window is None or window >= sizes["S"] else window,
         key_mask=None if key_mask is None else key_mask.bool(),
         cu_seqlens=cu_seqlens,
         ranking=None if ranking is None else ranking.detach(),

@@ -1,8 +1,8 @@
 """Triton kernels of causal top-w attention: each block of C queries meets its live keys in lanes, then its own keys.
 
 The table of lanes names for each block the keys that are alive when it begins; who dies inside it is told by e(j), who
-is born inside it stands in the block's own tile. Where keys come back (`LIMITED`: windows, blocks), a row keeps those of its
-living keys whose rank reaches its limit. The gradient of queries walks along the lanes of one block. That of
+is born inside it stands in the block's own tile. Where keys come back (`LIMITED`: windows, blocks), a row keeps those
+of its living keys whose rank reaches its limit. The gradient of queries walks along the lanes of one block. That of
 keys walks along the blocks of some lanes, holds 64 keys at a time, and gives a key's sum away when another takes its
 lane: every pair is met once, nothing is added atomically.
 

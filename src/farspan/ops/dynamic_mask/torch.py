@@ -37,11 +37,9 @@ def dynamic_mask_attention_torch(
     select, window, smooth = selection.select, selection.window, selection.block_size is not None
     if select == "topk_causal" and not selection.causal and window is None:
         select = "topk_global"
-    if window is not None and window >= keys:
-        window = None
     if select.startswith("topk") and selection.keep >= most_seen(keys, selection) and not smooth:
         select = "none"
-    selection = replace(selection, select=select, window=window)
+    selection = replace(selection, select=select)
     fast = bias.dim() == 3 and queries > 1 and queries * keys > SHORT
     plain = window is None and not smooth
     few = select == "topk_global" and plain and drops_most(keys, selection)
