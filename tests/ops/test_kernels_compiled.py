@@ -31,7 +31,6 @@ SPILLED_BYTES = 128  # of the common kernels; those for extreme chunks may need 
 # Common kernels that spill more, by name, key channels and whether the walk sums what decays keep.
 SPILLING = {
     ("gradient_kernel", 128, False): 224,
-    ("state_kernel", 128, True): 408,
 }
 INTEGERS, FLOATS = {"rows", "count", "H", "R"}, {"scale", "tau", "eps", "low", "high"}
 TABLES = {"segments", "chunks", "offsets"}
@@ -76,7 +75,7 @@ def compiled(
             signature[name] = "fp32"
         else:
             signature[name] = "*i32" if name in TABLES else "*fp32" if name in ALWAYS_FLOAT32 else element
-            if name == "total" and dtype == torch.float32:
+            if name in ("total", "centre", "half") and dtype == torch.float32:
                 signature[name] = "*fp64"
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     known = {name: values[name] for name in names if name in values}
@@ -99,7 +98,7 @@ def stack_bytes(binary: Any, directory: Path) -> int:
 
 def launches(choice: Tiles) -> list[tuple[Any, tuple[int, int, int | None], dict[str, Any]]]:
     """Kernel, its warps, stages and registers, and the arguments that differ from launch to launch."""
-    state, output, gradient, prepare = ({"BV": min(t[0], 128)} for t in choice)
+    state, output, gradient, prepare, kept = ({"BV": min(t[0], 128)} for t in choice)
     return [
         (kernels.prepare_kernel, choice.prepare[1:], prepare),
         (
@@ -114,8 +113,8 @@ def launches(choice: Tiles) -> list[tuple[Any, tuple[int, int, int | None], dict
         ),
         (
             kernels.state_kernel,
-            choice.state[1:],
-            state | {"REVERSE": True, "STORE_VALUES": True, "KEPT": True, "STAGES": choice.state[2]},
+            choice.kept[1:],
+            kept | {"REVERSE": True, "STORE_VALUES": True, "KEPT": True, "STAGES": choice.kept[2]},
         ),
         (kernels.scan_kernel, (2, 1, None), {"REVERSE": False}),
         (chunk_kernels.output_kernel, choice.output[1:], output),

@@ -121,6 +121,27 @@ def test_the_gradient_of_decays_reads_a_given_state_in_float32(length: int, deca
     assert_close(outputs_and_gradients(gated(), x)["d_log_decay"], want, tolerances.FLOAT32)
 
 
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_the_range_of_decays_takes_no_digit_of_float32(decay: str) -> None:
+    x = test_gated_linear.make(16, decay, batch=1)
+    x["log_decay"] = (x["log_decay"] / 16).float().double()
+    x["log_decay"][:, 1:9] -= 9  # e^40 to e^-40 about the centre, where an exponent in float32 is off by 2e-6
+    want = outputs_and_gradients(REFERENCE, x)
+    assert_same(outputs_and_gradients(gated(), cast(x, torch.float32)), want, 1e-6)
+
+
+def test_pairs_give_the_gradient_of_one_decay_per_head_unrounded() -> None:
+    x = cast(test_gated_linear.make(16, "head", batch=1), torch.bfloat16)
+    x |= {"log_decay": x["log_decay"].float(), "initial_state": None}
+    gradients = []
+    for call, dtype in ((REFERENCE, torch.float64), (gated(), None)):
+        leaves = {name: t if t is None else t.to(dtype or t.dtype) for name, t in x.items()}
+        leaves["log_decay"] = leaves["log_decay"].clone().requires_grad_()
+        out, _ = call(**leaves)
+        gradients += torch.autograd.grad(out, leaves["log_decay"], leaves["v"].to(out.dtype))
+    assert_close(gradients[1], gradients[0], tolerances.FLOAT32)
+
+
 @pytest.mark.usefixtures("duality")
 def test_the_gradient_of_steps_does_so_too() -> None:
     x = test_ssd.make(1, batch=1)

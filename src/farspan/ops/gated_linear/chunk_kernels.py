@@ -9,6 +9,7 @@ import triton.language as tl
 
 from farspan.ops.gated_linear.kernels import (
     INTEGERS,
+    LOG_ZERO,
     _gate,
     cumsum,
     exp,
@@ -99,9 +100,32 @@ def sum_of_few(q, gate, du, row, count, o_k, m_k, tau, H, K: tl.constexpr, FAST:
     return b_sum
 
 
+@triton.jit
+def head_decay(gate, half, o_t, m_t, H):
+    """`G - m` of a chunk with one decay per head."""
+    b_g = tl.maximum(tl.load(gate + o_t * H, mask=m_t, other=0.0).to(half.dtype.element_ty), LOG_ZERO)
+    return tl.cumsum(b_g, axis=0) - tl.sum(b_g, axis=0) - tl.load(half)
+
+
+@triton.jit
+def head_decay_gradient(
+    q, k, mask, o_t, b_offset, b_dq, b_dk, b_da, b_kept, scale,
+    FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one decay per head, from those of q~ and k~ by the states alone and from `do v^T`."""
+    b_q, b_k = tl.load(q, mask=mask, other=0.0), tl.load(k, mask=mask, other=0.0)
+    b_read = tl.sum(b_q.to(tl.float32) * b_dq, axis=1) * exp(b_offset, FAST) * scale
+    b_written = tl.sum(b_k.to(tl.float32) * b_dk, axis=1) * exp(-b_offset, FAST)
+    b_pairs = tl.dot(b_q.to(DOT), tl.trans(b_k.to(DOT)), input_precision=PRECISION) * b_da
+    b_pairs *= exp(b_offset[:, None] - b_offset[None, :], FAST) * scale
+    b_pairs = tl.where(o_t[:, None] > o_t[None, :], b_pairs, 0.0)
+    b_net = b_read - b_written + tl.sum(b_pairs, axis=1) - tl.sum(b_pairs, axis=0)
+    return tl.cumsum(b_net, axis=0, reverse=True) + tl.sum(b_written, axis=0) + tl.sum(b_kept, axis=0)
+
+
 @triton.jit(do_not_specialize=INTEGERS)
 def gradient_kernel(
-    k, q_tilde, k_tilde, v, gate, half, weight, d_out, states, d_states, dq, dk, d_gate, du, d_weight, kept,
+    q, k, q_tilde, k_tilde, v, gate, half, weight, d_out, states, d_states, dq, dk, d_gate, du, d_weight, kept,
     chunks, scale, tau,
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, AUGMENT: tl.constexpr, KEPT: tl.constexpr, BLOCKS: tl.constexpr,
@@ -143,12 +167,18 @@ def gradient_kernel(
         b_dk = tl.dot(b_v, b_ds, b_dk, input_precision=PRECISION)
         if DECAY != 0 and not KEPT:
             b_kept += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=0)
+    if KEPT:
+        b_kept += kept_by_walk(kept, place, K, BK, BLOCKS)
+    if DECAY == 1:
+        b_line = head_decay(gate + row, half + place * K, o_t, m_t, H)
+        b_net = head_decay_gradient(
+            q + base + o_x, k + base + o_x, mask, o_t, b_line, b_dq, b_dk, b_da, b_kept, scale, FAST, DOT, PRECISION
+        )  # fmt: skip
+        tl.store(d_gate + row + o_t * H, b_net.to(d_gate.dtype.element_ty), mask=m_t)
     b_da = tl.where(o_t[:, None] >= o_t[None, :], b_da, 0.0).to(DOT)
     b_dat = tl.where(o_t[:, None] <= o_t[None, :], b_dat, 0.0).to(DOT)
     b_k = tl.load(k_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
     b_q = tl.load(q_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
-    if KEPT:
-        b_kept += kept_by_walk(kept, place, K, BK, BLOCKS)
     b_at_end = b_kept + tl.sum(b_k.to(tl.float32) * b_dk, axis=0)
     b_dq = tl.dot(b_da, b_k, b_dq, input_precision=PRECISION)
     b_dk = tl.dot(b_dat, b_q, b_dk, input_precision=PRECISION)
@@ -164,10 +194,17 @@ def gradient_kernel(
         tl.store(dq + base + o_x, (b_dq * scale).to(dq.dtype.element_ty), mask=mask)
         tl.store(dk + base + o_x, b_dk.to(dk.dtype.element_ty), mask=mask)
     else:
-        b_dg = cumsum(b_q.to(tl.float32) * b_dq - b_k.to(tl.float32) * b_dk, True, BT, FAST, PART) + b_at_end[None, :]
-        _, _, b_g = key_and_decay(k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, FAST)
-        b_half = tl.load(half + place * K + o_k, mask=m_k, other=0.0)
-        b_offset = cumsum(tl.where((o_t == 0)[:, None], 0.0, b_g), False, BT, FAST, PART) + b_half[None, :]
+        if DECAY == 1:
+            b_offset = b_line[:, None]
+        else:
+            b_dg = cumsum(b_q.to(tl.float32) * b_dq - b_k.to(tl.float32) * b_dk, True, BT, FAST, PART)
+            b_dg += b_at_end[None, :]
+            _, _, b_g = key_and_decay(
+                k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, FAST
+            )  # fmt: skip
+            b_half = tl.load(half + place * K + o_k, mask=m_k, other=0.0)
+            b_after = tl.where((o_t == 0)[:, None], 0.0, b_g.to(half.dtype.element_ty))
+            b_offset = cumsum(b_after, False, BT, FAST, PART) + b_half[None, :]
         b_dq *= exp(b_offset, FAST) * scale
         b_dk *= exp(-b_offset, FAST)
         tl.store(dq + base + o_x, b_dq.to(dq.dtype.element_ty), mask=mask)
@@ -179,9 +216,6 @@ def gradient_kernel(
             tl.store(dk + base + o_x, b_dk.to(dk.dtype.element_ty), mask=mask)
             if DECAY == 2:
                 tl.store(d_gate + base + o_x, b_dg.to(d_gate.dtype.element_ty), mask=mask)
-            if DECAY == 1:
-                b_sum = tl.sum(tl.where(m_k[None, :], b_dg, 0.0), axis=1)
-                tl.store(d_gate + row + o_t * H, b_sum.to(d_gate.dtype.element_ty), mask=m_t)
     if AUGMENT and last - t <= FEW:
         b_dw = sum_of_few(k, gate, du, row, last - t, o_k, m_k, tau, H, K, FAST)
         tl.store(d_weight + place * K + o_k, b_dw, mask=m_k)

@@ -11,7 +11,8 @@ chunks lie, which serves batches and packed documents alike. `i_` program index,
 registers, `p_` pointer. `DECAY` is 0 for none, 1 for one number per head, 2 for one per channel, 3 for gate logits that
 give both the decay and the key. `DOT` is the dtype of matrix operands, accumulation is float32. `FAST` allows errors
 far below 16 bits: sums of decays by products with a triangle of ones, in two parts of `PART`, and with `FAST` = 2 the
-hardware's exponential, logarithm and reciprocal, which the interpreter does not know.
+hardware's exponential, logarithm and reciprocal, which the interpreter does not know. With float32 inputs sums of
+decays, centres and half ranges are float64: what rounding takes from an exponent of 40 is ten of float32's last places.
 
 Decays of a chunk: with G the inclusive sum of log decays, m = (G_first + G_last) / 2 its centre and h half of its range
 (both stored for every chunk and channel), queries are kept as `q~ = scale q e^(G - m)`, keys as `k~ = k e^(m - G)`, the
@@ -21,10 +22,12 @@ state entering the chunk as `S~ = e^m S` and the gradient of the state leaving i
     dq~ = tril(do v^T) k~ + do S~^T,    dk~ = tril(do v^T)^T q~ + v dS~^T,    dv = tril(q~ k~^T)^T do + k~ dS~
     dg_t = sum_{s >= t} (q~ dq~ - k~ dk~)_s + rowsum(S~ dS~) + sum_s k~_s (v dS~^T)_s
 
-at the cost of no decay at all. Where some h exceeds `LIMIT`, state and gradient are kept as they are, with
-`q~ = scale q e^G` and `k~ = k e^(G_last - G)`, and the chunk is left to `extreme_kernels`. Entries above the diagonal
-of a product can be infinite: they are selected away, never multiplied by a mask. Products are transposed by exchanging
-their operands, never by transposing a result.
+at the cost of no decay at all. With one decay per head e^m is the nearest power of 2, which takes no digit from a
+state, h is m - G_last, and of the last line the pairs within the chunk are summed by themselves, from what is not
+rounded: `scale q k^T e^(G_u - G_s) do v^T` over rows u >= t and columns s < t. Where some h exceeds `LIMIT`, state and
+gradient are kept as they are, with `q~ = scale q e^G` and `k~ = k e^(G_last - G)`, and the chunk is left to
+`extreme_kernels`. Entries above the diagonal of a product can be infinite: they are selected away, never multiplied by
+a mask. Products are transposed by exchanging their operands, never by transposing a result.
 """
 
 # mypy: ignore-errors
@@ -42,10 +45,16 @@ LOG_ZERO = tl.constexpr(-200.0)
 @triton.jit
 def exp(x, FAST: tl.constexpr):
     if FAST == 2:
-        return tl.inline_asm_elementwise(
+        power = tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2E], dtype=tl.float32, is_pure=True, pack=1
         )
-    return tl.exp(x)
+    elif FAST == 1:
+        power = tl.exp(x)
+    else:  # 2^x of the whole part is exact, so that the error does not grow with the exponent
+        bits = x.to(tl.float64) * LOG2E
+        whole = tl.floor(tl.maximum(bits, -1000.0))
+        power = tl.exp2((bits - whole).to(tl.float32)) * tl.exp2(whole.to(tl.float32))
+    return power
 
 
 @triton.jit
@@ -113,13 +122,16 @@ def cumsum(
     """Sums down the rows, or up, of the row itself too unless `OTHERS`."""
     if FAST == 0:
         total = tl.cumsum(x, axis=0, reverse=REVERSE)
-        return total - x if OTHERS else total
-    o_t = tl.arange(0, BT)
-    ones = o_t[:, None] <= o_t[None, :] if REVERSE else o_t[:, None] >= o_t[None, :]
-    if OTHERS:
-        ones &= o_t[:, None] != o_t[None, :]
-    ones, large = ones.to(PART), x.to(PART)
-    return tl.dot(ones, large) + tl.dot(ones, (x - large.to(tl.float32)).to(PART))
+        if OTHERS:
+            total -= x
+    else:
+        o_t = tl.arange(0, BT)
+        ones = o_t[:, None] <= o_t[None, :] if REVERSE else o_t[:, None] >= o_t[None, :]
+        if OTHERS:
+            ones &= o_t[:, None] != o_t[None, :]
+        ones, large = ones.to(PART), x.to(PART)
+        total = tl.dot(ones, large) + tl.dot(ones, (x - large.to(tl.float32)).to(PART))
+    return total
 
 
 @triton.jit
@@ -162,22 +174,27 @@ def prepare_kernel(
         tl.store(u + row + o_t * H, tl.sum(b_q * b_k * b_w[None, :], axis=1), mask=m_t)
     b_q *= scale
     if DECAY != 0:
+        b_g = b_g.to(half.dtype.element_ty)
         # Read again, the first row takes less time than to be found among those of all threads.
         once = tl.zeros([1, 1], tl.int32)
         _, _, b_first = key_and_decay(
             k, gate, row, once, o_k[None, :], once == 0, (o_k < K)[None, :], tau, H, K, DECAY, FAST
         )  # fmt: skip
-        b_first = tl.sum(b_first, axis=0)
+        b_first = tl.sum(b_first.to(half.dtype.element_ty), axis=0)
         b_after = tl.where((o_t == 0)[:, None], 0.0, b_g)
         b_half = -0.5 * tl.sum(b_after, axis=0)
+        b_centre, b_start = b_first - b_half, b_half
+        if DECAY == 1:  # where nothing is lost, keys stay as they are instead
+            b_shift = tl.where(b_half > 0, tl.floor(b_centre * LOG2E + 0.5) * LN2 - b_centre, 0.0)
+            b_centre, b_start, b_half = b_centre + b_shift, b_start - b_shift, b_half + b_shift
         p_c = (i_c.to(tl.int64) * H + i_h) * K + o_k
-        tl.store(centre + p_c, b_first - b_half, mask=o_k < K)
+        tl.store(centre + p_c, b_centre, mask=o_k < K)
         tl.store(half + p_c, b_half, mask=o_k < K)
         if tl.max(b_half, axis=0) > LIMIT:  # exponents from the chunk's edges, both <= 0
             b_q *= exp(cumsum(b_g, False, BT, FAST, PART), FAST)
             b_k *= exp(cumsum(b_g, True, BT, FAST, PART, True), FAST)
         else:
-            b_offset = cumsum(b_after, False, BT, FAST, PART) + b_half[None, :]
+            b_offset = cumsum(b_after, False, BT, FAST, PART) + b_start[None, :]
             b_q *= exp(b_offset, FAST)
             b_k *= exp(-b_offset, FAST)
     tl.store(q_tilde + row * K + o_x, b_q.to(q_tilde.dtype.element_ty), mask=mask)
@@ -208,7 +225,8 @@ def state_kernel(
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, REVERSE: tl.constexpr, HAS_START: tl.constexpr,
     STORE_STATES: tl.constexpr, STORE_END: tl.constexpr, STORE_LOST: tl.constexpr, STORE_VALUES: tl.constexpr,
-    AUGMENT: tl.constexpr, KEPT: tl.constexpr, STAGES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    AUGMENT: tl.constexpr, KEPT: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walks a segment: forward with x = k~ and y = v for the states, in reverse with q~ and do for their gradients.
 
@@ -229,7 +247,7 @@ def state_kernel(
     b_lost = tl.zeros([BK], tl.float32)
     step = -H if REVERSE else H
     place = (chunk + (count - 1 if REVERSE else 0)).to(tl.int64) * H + i_h
-    b_m, b_h = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
+    b_m, b_h = tl.zeros([BK], half.dtype.element_ty), tl.zeros([BK], half.dtype.element_ty)
     if DECAY != 0:
         m_c = o_k < tl.where(count > 0, K, 0)
         b_m += tl.load(centre + place * K + o_k, mask=m_c, other=0.0)
@@ -250,9 +268,9 @@ def state_kernel(
             b_s += tl.dot(b_x.to(DOT), b_y.to(DOT), input_precision=PRECISION)
         else:
             moderate = tl.max(b_h, axis=0) <= LIMIT
-            b_in, b_out = tl.where(moderate, tl.exp(b_m), 1.0), tl.where(moderate, tl.exp(-b_h), 1.0)
-            b_keep = tl.exp(b_m - b_h)
-            b_lost += b_m - b_h
+            b_in, b_out = tl.where(moderate, exp(b_m, FAST), 1.0), tl.where(moderate, exp(-b_h, FAST), 1.0)
+            b_keep = exp(b_m - b_h, FAST)
+            b_lost += (b_m - b_h).to(tl.float32)
             m_c = o_k < tl.where(i + 1 < count, K, 0)  # the next chunk's factors are read while this one's are used
             b_m = tl.load(centre + place * K + o_k, mask=m_c, other=0.0)
             b_h = tl.load(half + place * K + o_k, mask=m_c, other=0.0)

@@ -136,7 +136,7 @@ def run_backward(
         )  # fmt: skip
     chunks, heads = plan.chunks.shape[0], q.shape[2]
     d_states, back = torch.empty_like(states), Back(dv, states)
-    blocks = -(-v.shape[3] // min(tiles.state[0], common["V_PADDED"]))
+    blocks = -(-v.shape[3] // min(tiles.kept[0], common["V_PADDED"]))
     if gate is not None and initial is not None and plan.whole:
         # States are kept in 16 bits, but for those that are given: there the walk can do better.
         back = Back(dv, states, initial, du.new_empty(chunks, heads, blocks, q.shape[3]))
@@ -147,7 +147,7 @@ def run_backward(
     _states(prepared.q, d_out, prepared, d_final, d_states, d_initial, plan, common, back)
     _launch(
         chunk_kernels.gradient_kernel, (chunks, heads), tiles.gradient, common,
-        own_k, prepared.q, prepared.k, v, own_gate, prepared.half, own_weight, d_out, states, d_states,
+        q, own_k, prepared.q, prepared.k, v, own_gate, prepared.half, own_weight, d_out, states, d_states,
         dq, d_key, d_gate, du, parts, kept, plan.chunks, form.scale, form.normalizer, heads, **sums,
     )  # fmt: skip
     if gate is not None:
@@ -177,7 +177,8 @@ def _states(
 ) -> None:
     """The state in front of every chunk and after every sequence; in reverse their gradients and that of v."""
     reverse, (dv, before, initial, kept) = back is not None, back or Back(x, x)
-    tile, (heads, width, value_width) = _tiles(x).state, end.shape[1:]
+    tiles, (heads, width, value_width) = _tiles(x), end.shape[1:]
+    tile = tiles.state if kept is None else tiles.kept
     count = plan.segments.shape[0]
     grid = (count, heads, -(-value_width // min(tile[0], common["V_PADDED"])))
 

@@ -19,16 +19,17 @@ class Tiles(NamedTuple):
     output: Tile = (128, 4, 1, 128)
     gradient: Tile = (64, 4, 3, None)
     prepare: Tile = (NARROWEST, 4, 1, 168)
+    kept: Tile = (64, 4, 3, None)  # the walk that sums what decays keep
 
 
 # (architecture family, padded K up to, bytes of an operand) -> tiles. The nearest older family serves an unlisted one.
 TILES = {
-    (8, 64, 2): Tiles((64, 4, 2, None), (128, 8, 1, None), prepare=WIDE),
-    (8, 128, 2): Tiles((64, 4, 2, None), (64, 8, 1, None), (64, 8, 1, None), WIDE),
-    (8, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (64, 8, 1, None), WIDE),
+    (8, 64, 2): Tiles((64, 4, 2, None), (128, 8, 1, None), prepare=WIDE, kept=(64, 4, 1, None)),
+    (8, 128, 2): Tiles((64, 4, 2, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 8, 1, None)),
+    (8, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 4, 1, None)),
     (9, 64, 2): Tiles(),
-    (9, 128, 2): Tiles((64, 4, 2, None), (64, 8, 1, None), (64, 8, 1, None), WIDE),
-    (9, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (64, 8, 1, None), WIDE),
+    (9, 128, 2): Tiles((64, 4, 2, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 8, 3, None)),
+    (9, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 4, 1, None)),
 }
 
 # What `farspan bench ops --tune` tries.
@@ -37,6 +38,7 @@ CANDIDATES = {
     "output": ((64, 4, 1, None), (64, 8, 1, None), (128, 4, 1, None), (128, 4, 1, 128), (128, 8, 1, None)),
     "gradient": tuple((64, warps, stages, None) for warps in (4, 8) for stages in (1, 2, 3)),
     "prepare": ((64, 4, 1, None), (64, 4, 1, 128), (64, 4, 1, 168), (64, 8, 1, None), (64, 8, 1, 128)),
+    "kept": tuple((64, warps, stages, None) for warps in (4, 8) for stages in (1, 2, 3)),
 }
 
 

@@ -130,14 +130,16 @@ def _results(
     batch, length, heads, width = q.shape
     chunks = most_chunks(length, batch, cu_seqlens, launches.CHUNK)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    vector = (0 if gate is None else chunks, heads, width)
+    centre = q.new_empty(
+        0 if gate is None else chunks, heads, width, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32
+    )
     return (
         torch.empty_like(v),
         q.new_empty(sequences, heads, width, v.shape[-1], dtype=torch.float32),
         torch.empty_like(q),
         torch.empty_like(q),
-        q.new_empty(vector, dtype=torch.float32),
-        q.new_empty(vector, dtype=torch.float32),
+        centre,
+        torch.empty_like(centre),
         q.new_empty(0 if weight is None else batch, length, heads, dtype=torch.float32),
         q.new_empty(chunks, heads, width, v.shape[-1]),
         q.new_empty(batch if Form(*form).normalize else 0, length, heads, dtype=torch.float32),
