@@ -16,7 +16,7 @@ from farspan.models.convert.longnet import attention_entries
 from farspan.models.convert.names import to_ours, to_published
 from farspan.ops.dilated.patterns import ceil_div
 from tests.ops.checks import assert_close
-from tests.tolerances import FLOAT64
+from tests.tolerances import FLOAT32, FLOAT64
 
 POSITIONS = ["none", "rope", "xpos", "alibi", "relative_bias", "xpos+relative_bias", "rope+alibi"]
 TINY = {"segment_lengths": [3, 8, 10], "dilations": [1, 2, 3], "xpos_scale_base": 16.0}
@@ -82,6 +82,24 @@ def test_decoding_in_any_chunks_of_any_patterns(
     with torch.no_grad():
         full = mixer(x, layout=_layout(x))
     assert_close(_decode(mixer, x, chunks)[0], full, FLOAT64, largest=torch.ones(()))
+
+
+@pytest.mark.parametrize("chunks", [[1] * 29, [11] + [1] * 18, [7, 13, 9]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_xpos_that_turns_ahead_is_the_same(
+    dtype: torch.dtype, chunks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Growth of e^42 on either side: products of keys and queries of two segments leave float32.
+    mixer = _mixer(positions="xpos", segment_lengths=[3, 6, 12], xpos_scale_base=0.177).to(dtype)
+    x = 4 * torch.randn(2, 29, 32, dtype=dtype)
+    assert mixer._turns_ahead(dtype) and not mixer._turns_ahead(torch.float16)
+    with torch.no_grad():
+        full, limit = mixer(x, layout=_layout(x)), FLOAT64 if dtype == torch.float64 else FLOAT32
+    assert_close(_decode(mixer, x, chunks)[0], full, limit)
+    assert _decode(mixer, 3000 * x, chunks)[0].isfinite().all()
+    monkeypatch.setattr(mixer, "_turns_ahead", lambda _: False)
+    with torch.no_grad():
+        assert_close(full, mixer(x, layout=_layout(x)), limit)
 
 
 def test_long_chunks_behind_a_past_are_read_in_blocks() -> None:

@@ -25,6 +25,12 @@ MIXES = {
         "mixers": ["dilated"],
         "mixer_options": {"dilated": {"segment_lengths": [3, 8, 16], "dilations": [1, 2, 3]}},
     },
+    "dilated_nested": {
+        "mixers": ["dilated"],
+        "mixer_options": {
+            "dilated": {"segment_lengths": [4, 8], "dilations": [1, 2], "positions": "xpos", "xpos_scale_base": 16.0}
+        },
+    },
     "dilated_xpos": {
         "mixers": ["dilated"],
         "mixer_options": {

@@ -20,6 +20,7 @@ STEPPING = [
     "hybrid",
     "hybrid_parallel",
     "dilated",
+    "dilated_nested",
     "dilated_xpos",
     "dynamic_mask",
     "dynamic_mask_query",
@@ -166,7 +167,7 @@ def test_room_is_made_again_and_again(mix: str, monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(torch.stack(list(decode(model, prompt(), max_new_tokens=12))), torch.stack(want))
 
 
-@pytest.mark.parametrize("mix", ["collinear", "collinear_near", "softmax", "window", "dilated"])
+@pytest.mark.parametrize("mix", ["collinear", "collinear_near", "softmax", "window", "dilated", "dilated_nested"])
 def test_padding_between_texts_is_moved_ahead(mix: str) -> None:
     model, ids = tiny(mix), prompt(length=6)
     mask, caches = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]]), [model.new_cache(), model.new_cache()]

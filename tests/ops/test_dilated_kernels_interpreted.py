@@ -9,6 +9,8 @@ from farspan.ops import dilated_attention
 from farspan.ops.dilated import cudnn
 from farspan.ops.dilated import triton as kernels
 from farspan.ops.dilated.patterns import DilatedSettings
+from farspan.ops.dilated.rotation import turn_factors, turn_pair_torch
+from farspan.ops.dilated.rotation_triton import turn_pair_triton
 from tests import tolerances
 from tests.ops.checks import assert_close
 
@@ -84,6 +86,25 @@ def test_rotations_match_reference(detach: bool) -> None:
     frequencies, growth = xpos_rates(6, 64, 40)
     rates = {"frequencies": frequencies, "growth": growth}
     compare(make(90, 4, 2), [(10, 1), (40, 3)], detach_mixture_weights=detach, **rates)
+
+
+@pytest.mark.parametrize("window", [16, 200])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, tolerances.FLOAT32), (torch.float16, 2e-3)], ids=str)
+def test_turned_pairs_match_the_formula(window: int, dtype: torch.dtype, limit: float) -> None:
+    q, k = torch.randn(2, 45, 5, 6).to(dtype), torch.randn(2, 45, 1, 6).to(dtype)
+    factors = turn_factors(torch.arange(90).view(2, 45) % 45, window, *xpos_rates(6, 64, window))
+    weights = torch.randn(2, 45, 6, 6)
+
+    def results(turn: object, *pair: Tensor) -> list[Tensor]:
+        leaves = [x.detach().clone().requires_grad_() for x in pair]
+        turned = turn(*leaves, *factors)  # type: ignore[operator]
+        whole = torch.cat(turned, dim=2)
+        return [whole.detach(), *torch.autograd.grad((whole * weights.to(whole.dtype)).sum(), leaves)]
+
+    for got, want in zip(
+        results(turn_pair_triton, q, k), results(turn_pair_torch, q.double(), k.double()), strict=True
+    ):
+        assert_close(got, want, limit)
 
 
 def test_shared_key_heads_match_reference() -> None:

@@ -1,5 +1,6 @@
 """Dilated attention (LongNet): one softmax over the keys of several (segment, dilation) patterns."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,10 +16,12 @@ from farspan.mixers.dilated_cache import DilatedCache
 from farspan.mixers.layout import SequenceLayout
 from farspan.nn.joint import Joint, projected
 from farspan.nn.norms import make_norm
-from farspan.nn.positions import alibi_bias, relative_position_bias, xpos_rates
+from farspan.nn.positions import alibi_bias, relative_position_bias, xpos_rates, xpos_reach
+from farspan.ops._contract import compute_dtype
 from farspan.ops.dilated.api import check_patterns, dilated_attention
 from farspan.ops.dilated.live import LivePattern, live_patterns
 from farspan.ops.dilated.patterns import OFFSET_RULES, PAD_MODES, DilatedSettings, score_entries
+from farspan.ops.dilated.rotation import turn_factors, turn_pair
 from farspan.ops.rotary import rotary_pair
 
 ROTATIONS = ("rope", "xpos")
@@ -111,7 +114,7 @@ class DilatedMixer(Mixer):
     bidirectional: ClassVar[bool] = True
     attention_weights: ClassVar[bool] = True
     compact_cache: ClassVar[bool] = True
-    operators: ClassVar[tuple[str, ...]] = ("dilated_attention", "dilated_attention_step", "rotary_pair")
+    operators: ClassVar[tuple[str, ...]] = ("dilated_attention", "dilated_attention_step", "rotary_pair", "turn_pair")
     joint_projections: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj")
     joint: Joint | None = None
     no_weight_decay = ("relative_bias",)
@@ -169,8 +172,10 @@ class DilatedMixer(Mixer):
         if "rope" in self.position_parts:
             cos, sin = layout.rotary(self.head_dim, self.rope_parameters, self.max_position_embeddings)
         assert cache is None or isinstance(cache, DilatedCache)
-        past = 0 if cache is None else cache.length
-        form = partial(self._settings, past + x.shape[1], x.device)
+        past, ahead = 0 if cache is None else cache.length, self._turns_ahead(q.dtype)
+        if ahead:
+            q, k = turn_pair(q, k, *self._turns(layout, cache, compute_dtype(q)))
+        form = partial(self._settings, past + x.shape[1], x.device, ahead)
         settings = form() if cache is None else cache.settings(form)
         if cache is not None and cache.takes_step(x, layout):
             return self.o_proj(self.sub_norm(cache.step(q, k, v, settings, cos, sin).flatten(2)))
@@ -204,12 +209,30 @@ class DilatedMixer(Mixer):
                 cache.write(k, v, layout.padding_mask)
         return self.o_proj(self.sub_norm(out.flatten(2)))
 
-    def _settings(self, length: int, device: torch.device) -> DilatedSettings:
+    def _turns_ahead(self, dtype: torch.dtype) -> bool:
+        """Whether xPos turns queries and keys, also of the memory, before the patterns part: once for all of them."""
+        segments, widest = self.options.segment_lengths, max(self.options.segment_lengths)
+        nested = not any(widest % segment for segment in segments) and widest <= xpos_reach(
+            self.options.xpos_scale_base
+        )
+        return "xpos" in self.position_parts and nested and dtype != torch.float16
+
+    def _turns(self, layout: SequenceLayout, cache: DilatedCache | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """For `turn_pair`: positions count from the middle of the longest segments; formed once for all layers."""
+        window, base = max(self.options.segment_lengths), self.options.xpos_scale_base
+
+        def compute() -> tuple[Tensor, Tensor]:
+            places = layout.places() if cache is None else layout.places() + cache.seen()
+            return turn_factors(places, window, *_rates(self.head_dim, base, places.device), dtype)
+
+        return layout.once(("xpos", window, base, self.head_dim, dtype), compute)
+
+    def _settings(self, length: int, device: torch.device, ahead: bool) -> DilatedSettings:
         """The settings for a text of this length: rotations that stay finite, a bias that reaches far enough."""
         options = self.options
         reach = max(1, min(max(options.segment_lengths), length))
         bias = frequencies = growth = None
-        if "xpos" in self.position_parts:
+        if "xpos" in self.position_parts and not ahead:
             rates = xpos_rates(self.head_dim, options.xpos_scale_base, reach)
             frequencies, growth = (rate.to(device) for rate in rates)
         if "alibi" in self.position_parts:
@@ -249,6 +272,21 @@ class DilatedMixer(Mixer):
     def state_bytes(self, length: int, dtype: torch.dtype) -> int:
         rows = sum(pattern.rows(length) for pattern in self._live_patterns())
         return 2 * rows * self.key_heads * self.head_dim * dtype.itemsize + torch.int64.itemsize
+
+
+def _rates(head_dim: int, scale_base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """xPos' rates on the device, sent there once: a graph that is being captured takes no copies from the host."""
+    if torch.compiler.is_compiling():
+        frequencies, growth = xpos_rates(head_dim, scale_base)
+        return frequencies.to(device), growth.to(device)
+    return _sent_rates(head_dim, scale_base, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _sent_rates(head_dim: int, scale_base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        frequencies, growth = xpos_rates(head_dim, scale_base)
+        return frequencies.to(device), growth.to(device)
 
 
 @dataclass

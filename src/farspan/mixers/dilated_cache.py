@@ -75,6 +75,10 @@ class DilatedCache(LayerCache):
         self._advance(real)
         return out
 
+    def seen(self) -> Tensor | int:
+        """Real tokens that each row has read, `[B, 1]`; 0 before the first."""
+        return self.tensors["seen"].unsqueeze(1) if "seen" in self.tensors else 0
+
     def takes_step(self, x: Tensor, layout: SequenceLayout) -> bool:
         """Whether `[B, 1, D]` is one real token per row behind others: what a step that changes the memory serves."""
         alone = x.shape[1] == 1 and self.length > 0 and layout.padding_mask is None

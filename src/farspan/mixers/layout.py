@@ -70,6 +70,16 @@ class SequenceLayout:
 
         return self.once(("rotary", rotary_dim, max_position_embeddings, tuple(sorted(parameters.items()))), compute)
 
+    def places(self) -> Tensor:
+        """How many real tokens of its document come before each token here, `[B, T]` int64."""
+        rows, length = self.positions.shape
+        if self.padding_mask is not None:
+            return (self.padding_mask.cumsum(1) - 1).clamp(min=0)
+        index = torch.arange(length, device=self.positions.device)
+        if self.cu_seqlens is not None:
+            index = index - self.cu_seqlens[torch.bucketize(index, self.cu_seqlens, right=True) - 1]
+        return index.expand(rows, length)
+
     def frequencies(
         self, rotary_dim: int, parameters: Mapping[str, Any], max_position_embeddings: int
     ) -> tuple[Tensor, float]:

@@ -175,6 +175,8 @@ def rotary_table(positions: Tensor, frequencies: Tensor, scaling: float = 1.0) -
 
 # Products of a query and a key stay finite in float32 below e^88.
 _LARGEST_EXPONENT = 85.0
+# −ln ζ_0 with ζ_0 = 2/7, which decays fastest.
+_STEEPEST = math.log(3.5)
 
 
 def xpos_scales(head_dim: int) -> Tensor:
@@ -187,6 +189,11 @@ def xpos_scales(head_dim: int) -> Tensor:
         `[K/2]` float64, rising from 0.286 towards 1.
     """
     return (torch.arange(0, head_dim, 2, dtype=torch.float64) + 0.4 * head_dim) / (1.4 * head_dim)
+
+
+def xpos_reach(scale_base: float) -> float:
+    """The widest span of positions that can share one centre with this `scale_base`."""
+    return _LARGEST_EXPONENT * scale_base / _STEEPEST
 
 
 def xpos_rates(head_dim: int, scale_base: float, reach: int = 0) -> tuple[Tensor, Tensor]:
@@ -206,12 +213,10 @@ def xpos_rates(head_dim: int, scale_base: float, reach: int = 0) -> tuple[Tensor
     Source: Sun et al. 2022, arXiv 2212.10554; microsoft/torchscale: torchscale/component/xpos_relative_position.py.
     """
     frequencies = 10000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    # ζ_0 = 2/7 decays fastest.
-    steepest = math.log(3.5)
-    if reach * steepest > _LARGEST_EXPONENT * scale_base:
+    if reach > xpos_reach(scale_base):
         raise ConfigError(
             f"xPos over segments of {reach} tokens overflows float32 with xpos_scale_base={scale_base:g}; use at least "
-            f"{math.ceil(reach * steepest / _LARGEST_EXPONENT)}, or shorter segments."
+            f"{math.ceil(reach * _STEEPEST / _LARGEST_EXPONENT)}, or shorter segments."
         )
     return frequencies, xpos_scales(head_dim).log() / scale_base
 

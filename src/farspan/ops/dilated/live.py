@@ -241,7 +241,9 @@ class _Block:
             together = segments.unsqueeze(1) == segments.unsqueeze(2)
             times += taken.unsqueeze(2) & taken.unsqueeze(3) & together.unsqueeze(1)
         visible = (distance <= 0) & self.real.unsqueeze(1)
-        return torch.where(visible.unsqueeze(1), scores + times.log(), float("-inf"))
+        # Positions that turned queries and keys of two segments may have grown beyond all bounds.
+        scores = torch.where(times > 0, scores, 0.0) + times.log()
+        return torch.where(visible.unsqueeze(1), scores, float("-inf"))
 
     def _products(self, keys: Tensor, query_places: Tensor, key_places: Tensor) -> Tensor:
         """scale·q·k, `[B, H, T, S]`, both turned by their places where there is a rotation."""

@@ -22,8 +22,9 @@ from farspan.ops._library import register_node
 from farspan.ops.dilated import cudnn, kernels
 from farspan.ops.dilated.boxes import NUMBERS, WORD, Box, boxes, runs, stretches, table
 from farspan.ops.dilated.limits import cudnn_serves
+from farspan.ops.dilated.live import on_device
 from farspan.ops.dilated.patterns import DilatedSettings, Span
-from farspan.ops.dilated.rotation_triton import turned
+from farspan.ops.dilated.rotation import turn_factors, turn_pair
 from farspan.ops.dilated.rows import attend_rows
 from farspan.ops.dilated.streams import release, side_by_side
 
@@ -49,13 +50,21 @@ def dilated_attention_triton(
         ]
         window = settings.window(spans)
         if settings.frequencies is not None and settings.growth is not None and window is not None:
-            q, k = turned(q, k, settings.frequencies, settings.growth, bounds, window)
+            places = _counted(bounds, q.device).view(q.shape[:2])
+            q, k = turn_pair(q, k, *turn_factors(places, window, settings.frequencies, settings.growth))
         k, v = (x if group == 1 else x.repeat_interleave(group, dim=2) for x in (k, v))
         if cudnn_serves(q, v, settings, spans):
             out: Tensor = _Boxes.apply(q, k, v, settings)
         else:
             out = attend_rows(q, k, v, settings, bounds)
         return out.to(kept)
+
+
+def _counted(bounds: list[int], device: torch.device) -> Tensor:
+    """Of every token its place in its sequence, where they start and end in turn at `bounds`, `[N]`."""
+    starts, ends = on_device(tuple(bounds), device).view(-1, 2).unbind(1)
+    index = torch.arange(bounds[-1], device=device)
+    return index - starts.repeat_interleave(ends - starts, output_size=bounds[-1])
 
 
 class _Boxes(torch.autograd.Function):
