@@ -4,6 +4,7 @@ Those whose other tests are in float32 alone; that none is left out is for `test
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -162,9 +163,9 @@ def softmax_steps() -> Step:
     return Step(of(softmax_step.softmax_attention_step_triton), of(softmax_attention_step_torch), inputs, memory)
 
 
-def collinear_steps() -> Step:
+def collinear_steps(groups: int = 2) -> Step:
     held = test_softmax_step.Ring(
-        torch.rand(2, 100, 2, 4), torch.randn(2, 100, 2, 6), torch.full((2,), 65, dtype=torch.int32)
+        torch.rand(2, 100, groups, 4), torch.randn(2, 100, groups, 6), torch.full((2,), 65, dtype=torch.int32)
     )
     places, theta = torch.full((2, 1), 65), test_collinear_step.frequencies(8)
 
@@ -172,7 +173,7 @@ def collinear_steps() -> Step:
         return lambda q, t, v, memory: call(q, t, v, memory, places, theta, 1.5, "strict", 0.3)
 
     kernels, formulas = collinear_step.collinear_attention_step_triton, collinear_attention_step_torch
-    return Step(of(kernels), of(formulas), list(test_collinear_step.token(1)), held)
+    return Step(of(kernels), of(formulas), list(test_collinear_step.token(1, groups)), held)
 
 
 def dilated_steps() -> Step:
@@ -187,7 +188,7 @@ def dilated_steps() -> Step:
     return Step(of(dilated_step.dilated_attention_step_triton), of(dilated_attention_step_torch), inputs, memory)
 
 
-@pytest.mark.parametrize("make", [softmax_steps, collinear_steps, dilated_steps])
+@pytest.mark.parametrize("make", [softmax_steps, collinear_steps, partial(collinear_steps, 4), dilated_steps])
 def test_steps(make: Callable[[], Step]) -> None:
     step = make()
     inputs = [x.half() for x in step.inputs]
