@@ -20,7 +20,7 @@ from farspan.evaluation.op_speed import captured, ceilings, cold_first_call, int
 Checks = Callable[[], list[dict[str, Any]]]
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 CONSOLE = Console(width=170)
-SMALLEST_ERROR = 1e-5  # relative errors below this are rounding of float32 sums
+SMALLEST_ERROR = 1e-6  # of the largest entry: eight units of float32's last place, a few roundings of a sum
 FIRST_CALL = 8.0  # seconds that a first forward and backward may take where no kernel is compiled
 
 
