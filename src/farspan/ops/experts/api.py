@@ -141,7 +141,7 @@ def retrieved_experts(
     Cost:
         4 · R · D operations a token forward, which reads 2 · R rows of D numbers: memory-bound. Memory for the
         backward pass O(N · R): no `[N, R, D]` tensor is formed (the reference forms two). The gradients of `down` and
-        `up` are dense, O(E · D).
+        `up` are dense, O(E · D); the kernels form none where both tables are frozen.
 
     Note:
         Ids are not checked here; one outside [0, E) fails in the gather.
