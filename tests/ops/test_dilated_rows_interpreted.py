@@ -129,3 +129,34 @@ def test_sums_without_a_key_are_zero() -> None:
     out = kernels.dilated_attention_triton(q, k, v, settings, [(0, 20)])
     (dq,) = torch.autograd.grad(out.sum(), q)
     assert not out.any() and not dq.any()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("detach", [False, True])
+@pytest.mark.parametrize("patterns", [PATTERNS, PATTERNS[:1]], ids=["several", "one"])
+def test_what_is_compiled_ahead_is_what_is_launched(
+    patterns: list[tuple[int, int]], detach: bool, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: set[object] = set()
+    launch = rows.launch
+
+    def record(kernel: object, grid: object, arguments: list[object], constants: object, *schedule: int) -> None:
+        dtypes = tuple(x.dtype if isinstance(x, Tensor) else type(x) for x in arguments)
+        launched.add((kernel.__name__, id(constants), dtypes, schedule))
+        launch(kernel, grid, arguments, constants, *schedule)
+
+    rehearsed: list[set[object]] = []
+
+    def rehearse(_: object, call: object) -> None:
+        call()
+        rehearsed.append(launched.copy())
+        launched.clear()
+
+    monkeypatch.setattr(rows, "launch", record)
+    monkeypatch.setattr(rows, "compile_ahead", rehearse)
+    bias = torch.randn(2, 89).requires_grad_() if biased else None
+    leaves = [x.float().requires_grad_() for x in make(45, 2, 1)]
+    settings = DilatedSettings(tuple(patterns), distance_bias=bias, detach_mixture_weights=detach)
+    out = kernels.dilated_attention_triton(*leaves, settings, [(0, 45)])
+    torch.autograd.grad(out.sum(), [*leaves, *([] if bias is None else [bias])])
+    assert rehearsed == [launched]

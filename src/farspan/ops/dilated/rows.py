@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from farspan.ops._contract import plain_backward
-from farspan.ops._launch import Constants, launch
+from farspan.ops._launch import Constants, compile_ahead, launch
 from farspan.ops._library import register_node
 from farspan.ops.dilated import rows_kernels as kernels
 from farspan.ops.dilated.patterns import DilatedSettings, ceil_div, head_offsets
@@ -268,9 +268,29 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, boun
     """
     segments, dilations = (list(numbers) for numbers in zip(*settings.patterns, strict=True))
     options = (bounds, segments, dilations, settings.head_offset, settings.causal, float(settings.scale))
-    flat = (x.flatten(0, 1) for x in (q, k, v))
-    out: Tensor = _Rows.apply(*flat, settings.distance_bias, options, settings.detach_mixture_weights)
+    flat, bias, detach = [x.flatten(0, 1) for x in (q, k, v)], settings.distance_bias, settings.detach_mixture_weights
+    if not torch.compiler.is_compiling():
+        learnt = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+        trains = learnt or (torch.is_grad_enabled() and any(x.requires_grad for x in flat))
+        forms = len(segments) > 1, settings.causal, detach, trains, learnt
+        key = q.device, q.dtype, q.shape[3], v.shape[3], None if bias is None else bias.dtype
+        compile_ahead(("dilated rows", *forms, *key), functools.partial(_rehearse, flat, bias, *forms))
+    out: Tensor = _Rows.apply(*flat, bias, options, detach)
     return out.unflatten(0, q.shape[:2])
+
+
+def _rehearse(
+    flat: Sequence[Tensor], bias: Tensor | None, several: bool, causal: bool, detach: bool, trains: bool, learnt: bool
+) -> None:
+    """Every launch of a call and of its gradient, on little."""
+    length = 64
+    q, k, v = (x.new_zeros(length, *x.shape[1:]) for x in flat)
+    bias = None if bias is None else bias.new_zeros(len(bias), 2 * length - 1)
+    patterns = 2 if several else 1
+    options = [0, length], [length] * patterns, [1] * patterns, "none", causal, 1.0
+    out, exact, total = _forward(q, k, v, bias, *options, learnt)
+    if trains:
+        _backward(out, q, k, v, exact if learnt else out, total, bias, *options, detach, learnt)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
