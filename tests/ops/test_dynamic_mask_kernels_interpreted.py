@@ -131,6 +131,45 @@ def test_blocks_that_are_kept_whole_match_the_definition(block_size: int) -> Non
     compare(tensors, keep=6, block_size=block_size, cu_seqlens=boundaries([20, 0, 1, 43]))
 
 
+FORMS = {
+    "plain": {},
+    "packed": {"cu_seqlens": boundaries([20, 40])},
+    "window": {"window": 20},
+    "blocks": {"block_size": 8},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_launched_has_been_compiled_ahead(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: set[object] = set()
+    launch = kernels.launch
+
+    def record(kernel: object, grid: object, arguments: list[object], constants: object, *schedule: int) -> None:
+        dtypes = tuple(x.dtype if isinstance(x, Tensor) else type(x) for x in arguments)
+        form = kernel.__name__, id(constants), dtypes, schedule
+        if rehearsing:  # nothing is started then
+            rehearsed.add(form)
+        else:
+            launched.add(form)
+            launch(kernel, grid, arguments, constants, *schedule)
+
+    rehearsed: set[object] = set()
+    rehearsing: list[bool] = []
+
+    def rehearse(_: object, call: object) -> None:
+        rehearsing.append(True)
+        call()
+        rehearsing.clear()
+
+    monkeypatch.setattr(kernels, "launch", record)
+    monkeypatch.setattr(kernels, "compile_ahead", rehearse)
+    leaves = [x.detach().float().requires_grad_() for x in make(60, heads=(4, 2, 2), batch=1)]
+    selection = Selection(keep=9, **FORMS[form])
+    kernels.dynamic_mask_attention_triton(*leaves, scale=0.7, selection=selection).sum().backward()
+    assert launched, "nothing was launched"
+    assert launched <= rehearsed, sorted(str(x) for x in launched - rehearsed)
+
+
 def test_another_ranking_matches_the_definition() -> None:
     compare(make(40, batch=1), keep=9, ranking=torch.randn(1, 40, 2))
 

@@ -59,8 +59,8 @@ def dynamic_mask_attention_triton(
     if not torch.compiler.is_compiling():
         trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, bias))
         key = q.device, dtype, bias.dtype, q.shape[2:], k.shape[2:], v.shape[3], bias.shape[2]
-        limited = selection.window is not None or selection.block_size is not None
-        forms = selection.cu_seqlens is not None, limited, trains
+        smoothed = selection.block_size is not None
+        forms = selection.cu_seqlens is not None, smoothed or selection.window is not None, smoothed, trains
         rehearse = functools.partial(_rehearse, q, k, v, bias, dtype, *forms)
         compile_ahead(("dynamic mask", *forms, *key), rehearse)
     q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
@@ -87,6 +87,7 @@ def _rehearse(
     dtype: torch.dtype,
     packed: bool,
     limited: bool,
+    smoothed: bool,
     trains: bool,
 ) -> None:
     """Every launch of a call and of its gradient, on little."""
@@ -94,6 +95,8 @@ def _rehearse(
     q, k, v = (x.new_zeros(1, length, *x.shape[2:], dtype=dtype) for x in (q, k, v))
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=q.device) if packed else None
     ranking, by_unit = bias.new_zeros(1, length, bias.shape[2]), q.new_zeros(1, units, length, dtype=torch.float32)
+    if smoothed:  # nothing is launched here, and what follows would read what that leaves
+        expiry_triton(ranking, 1, cu_seqlens)
     plan = _plan(ranking, ranking, cu_seqlens, length, units, 1, 2 if limited else None, None, _block_length(q, v))
     saved = _attend(q, k, v, by_unit, *plan, 1.0)
     if trains:
