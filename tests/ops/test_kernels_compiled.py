@@ -96,7 +96,7 @@ def stack_bytes(binary: Any, directory: Path) -> int:
     return int(re.search(r"STACK:(\d+)", report).group(1))
 
 
-def launches(choice: Tiles, decay: int) -> list[tuple[Any, tuple[int, int, int | None], dict[str, Any]]]:
+def launches(choice: Tiles) -> list[tuple[Any, tuple[int, int, int | None], dict[str, Any]]]:
     """Kernel, its warps, stages and registers, and the arguments that differ from launch to launch."""
     state, output, gradient, prepare, kept = ({"BV": min(t[0], 128)} for t in choice)
     return [
@@ -109,12 +109,12 @@ def launches(choice: Tiles, decay: int) -> list[tuple[Any, tuple[int, int, int |
         (
             kernels.state_kernel,
             choice.state[1:],
-            state | {"REVERSE": True, "STORE_VALUES": decay != 3, "STAGES": choice.state[2]},
+            state | {"REVERSE": True, "STORE_VALUES": True, "STAGES": choice.state[2]},
         ),
         (
             kernels.state_kernel,
             choice.kept[1:],
-            kept | {"REVERSE": True, "STORE_VALUES": decay != 3, "KEPT": True, "STAGES": choice.kept[2]},
+            kept | {"REVERSE": True, "STORE_VALUES": True, "KEPT": True, "STAGES": choice.kept[2]},
         ),
         (kernels.scan_kernel, (2, 1, None), {"REVERSE": False}),
         (chunk_kernels.output_kernel, choice.output[1:], output),
@@ -129,7 +129,7 @@ def launches(choice: Tiles, decay: int) -> list[tuple[Any, tuple[int, int, int |
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("width", "decay"), [(64, 3), (128, 2)])
 def test_kernels_compile(architecture: int, dtype: torch.dtype, width: int, decay: int, tmp_path: Path) -> None:
-    for kernel, options, differing in launches(tiles(architecture // 10, width, dtype.itemsize), decay):
+    for kernel, options, differing in launches(tiles(architecture // 10, width, dtype.itemsize)):
         name = kernel.__name__
         values = constants(dtype, width, decay) | differing
         binary = compiled(kernel, architecture, dtype, values, *options)

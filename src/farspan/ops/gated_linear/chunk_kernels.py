@@ -11,7 +11,6 @@ from farspan.ops.gated_linear.kernels import (
     INTEGERS,
     LOG_ZERO,
     _gate,
-    augmentation_gradient,
     cumsum,
     exp,
     is_extreme,
@@ -22,7 +21,7 @@ from farspan.ops.gated_linear.kernels import (
     write_output,
 )
 
-# Rows of a chunk up to which a sum over them does not average away that k~ is rounded to 16 bits.
+# Rows of a chunk up to which sums over them are exact.
 FEW = tl.constexpr(8)
 
 
@@ -59,26 +58,33 @@ def output_kernel(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def row_kernel(
-    dy, out, rstd, v, u, d_out, du, rows,
+    dy, y, rstd, v, u, d_out, dv, du, rows,
     V: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr, AUGMENT: tl.constexpr, INSIDE: tl.constexpr,
     NORMALIZE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Gradients in front of the norm, `rstd (dy - mean(dy) - out mean(dy out))`, and of u, for BR rows of V."""
+    """Gradients of the norm, `rstd (dy - mean(dy) - y mean(dy y))`, and of the augmentation, for BR rows of V."""
     o_r, o_v = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BV)
     m_r = o_r < rows
     mask = m_r[:, None] & (o_v < V)[None, :]
     offset = o_r[:, None] * V + o_v[None, :]
     b_do = tl.load(dy + offset, mask=mask, other=0.0).to(tl.float32)
     if NORMALIZE:
-        b_out = tl.load(out + offset, mask=mask, other=0.0).to(tl.float32)
+        b_y = tl.load(y + offset, mask=mask, other=0.0).to(tl.float32)
         b_rstd = tl.load(rstd + o_r, mask=m_r, other=0.0)
-        b_do = b_do - (tl.sum(b_do, axis=1) / V)[:, None] - b_out * (tl.sum(b_do * b_out, axis=1) / V)[:, None]
+        b_do = b_do - (tl.sum(b_do, axis=1) / V)[:, None] - b_y * (tl.sum(b_do * b_y, axis=1) / V)[:, None]
         b_do *= b_rstd[:, None]
         tl.store(d_out + offset, b_do.to(d_out.dtype.element_ty), mask=mask)
     if AUGMENT:
         b_u = tl.load(u + o_r, mask=m_r, other=0.0)
         b_v = tl.load(v + offset, mask=mask, other=0.0).to(tl.float32)
-        _, b_du = augmentation_gradient(b_do, b_v, b_u, INSIDE, FAST)
+        if INSIDE:
+            b_r = sigmoid(b_u[:, None] * b_v, FAST)
+            b_slope = b_do * (b_r - b_r * b_r)
+            b_dv, b_du = b_u[:, None] * b_slope, tl.sum(b_slope * b_v, axis=1)
+        else:
+            b_r = sigmoid(b_u, FAST)
+            b_dv, b_du = b_r[:, None] * b_do, tl.sum(b_do * b_v, axis=1) * (b_r - b_r * b_r)
+        tl.store(dv + offset, b_dv.to(dv.dtype.element_ty), mask=mask)
         tl.store(du + o_r, b_du, mask=m_r)
 
 
@@ -119,17 +125,13 @@ def head_decay_gradient(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def gradient_kernel(
-    q, k, q_tilde, k_tilde, v, gate, half, u, du, weight, d_out, states, d_states, dq, dk, dv, d_gate, d_weight,
-    kept, chunks, scale, tau,
+    q, k, q_tilde, k_tilde, v, gate, half, weight, d_out, states, d_states, dq, dk, d_gate, du, d_weight, kept,
+    chunks, scale, tau,
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, LIMIT: tl.constexpr, AUGMENT: tl.constexpr, INSIDE: tl.constexpr, KEPT: tl.constexpr,
-    BLOCKS: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, LIMIT: tl.constexpr, AUGMENT: tl.constexpr, KEPT: tl.constexpr, BLOCKS: tl.constexpr,
+    FAST: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk, for all but v unless MetaLA's.
-
-    Those of q and of k or the gate may take the place of q~ and k~, that of v the place of d_out: of a tile nothing is
-    read after its gradient is written.
-    """
+    """Gradients of one chunk for all but v."""
     i_c, i_h = tl.program_id(0), tl.program_id(1)
     t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
     place = i_c.to(tl.int64) * H + i_h
@@ -188,9 +190,9 @@ def gradient_kernel(
         b_dk += b_du * b_w * b_q.to(tl.float32)
         b_dw = tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32) * b_du, axis=0)
         tl.store(d_weight + place * K + o_k, b_dw, mask=o_k < tl.where(last - t > FEW, K, 0))
-    b_dz = b_dk
     if DECAY == 0:
-        b_dq *= scale
+        tl.store(dq + base + o_x, (b_dq * scale).to(dq.dtype.element_ty), mask=mask)
+        tl.store(dk + base + o_x, b_dk.to(dk.dtype.element_ty), mask=mask)
     else:
         if DECAY == 1:
             b_offset = b_line[:, None]
@@ -205,41 +207,15 @@ def gradient_kernel(
             b_offset = cumsum(b_after, False, BT, FAST, PART) + b_half[None, :]
         b_dq *= exp(b_offset, FAST) * scale
         b_dk *= exp(-b_offset, FAST)
-        b_dz = b_dk
+        tl.store(dq + base + o_x, b_dq.to(dq.dtype.element_ty), mask=mask)
         if DECAY == 3:
             b_z = tl.load(gate + base + o_x, mask=mask, other=0.0).to(tl.float32)
             b_dz = (b_dg - exp(b_g, FAST) * b_dk) * sigmoid(-b_z, FAST) * (1 / tau)
-        if DECAY == 2:
-            tl.store(d_gate + base + o_x, b_dg.to(d_gate.dtype.element_ty), mask=mask)
-    d_key = d_gate if DECAY == 3 else dk
-    b_dq, b_dz = b_dq.to(dq.dtype.element_ty), b_dz.to(d_key.dtype.element_ty)
-    if DECAY == 3:  # the gradient of v begins with what those of q and the gate are about to take the place of
-        b_k = tl.load(k_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
-        b_q = tl.load(q_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
-        b_at = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        b_at = tl.where(o_t[:, None] <= o_t[None, :], b_at, 0.0).to(DOT)
-    tl.store(dq + base + o_x, b_dq, mask=mask)
-    tl.store(d_key + base + o_x, b_dz, mask=mask)
-    if DECAY == 3:
-        t = tl.load(chunks + 2 * i_c)  # read again, so that no address waits in registers until here
-        row = t.to(tl.int64) * H + i_h
-        m_t = (t + o_t) < last
-        WIDE: tl.constexpr = 2 * BV if V > BV else BV
-        for i_v in tl.range(0, tl.cdiv(V, WIDE), num_stages=1):
-            o_v = i_v * WIDE + tl.arange(0, WIDE)
-            m_v = m_t[:, None] & (o_v < V)[None, :]
-            o_y, o_s = o_t[:, None] * (H * V) + o_v[None, :], o_k[:, None] * V + o_v[None, :]
-            b_do = tl.load(d_out + row * V + o_y, mask=m_v, other=0.0)
-            b_ds = tl.load(d_states + own + o_s, mask=m_k[:, None] & (o_v < V)[None, :], other=0.0).to(DOT)
-            if AUGMENT:
-                b_v = tl.load(v + row * V + o_y, mask=m_v, other=0.0).to(tl.float32)
-                b_u = tl.load(u + row + o_t * H, mask=m_t, other=0.0)
-            b_dv = tl.dot(b_at, b_do.to(DOT), input_precision=PRECISION)
-            b_dv = tl.dot(b_k, b_ds, b_dv, input_precision=PRECISION)
-            if AUGMENT:
-                b_share, _du = augmentation_gradient(b_do.to(tl.float32), b_v, b_u, INSIDE, FAST)
-                b_dv += b_share
-            tl.store(dv + row * V + o_y, b_dv.to(dv.dtype.element_ty), mask=m_v)
+            tl.store(d_gate + base + o_x, b_dz.to(d_gate.dtype.element_ty), mask=mask)
+        else:
+            tl.store(dk + base + o_x, b_dk.to(dk.dtype.element_ty), mask=mask)
+            if DECAY == 2:
+                tl.store(d_gate + base + o_x, b_dg.to(d_gate.dtype.element_ty), mask=mask)
     if AUGMENT and last - t <= FEW:
         b_dw = sum_of_few(k, gate, du, row, last - t, o_k, m_k, tau, H, K, FAST)
         tl.store(d_weight + place * K + o_k, b_dw, mask=m_k)

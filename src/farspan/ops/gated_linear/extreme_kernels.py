@@ -11,7 +11,6 @@ import triton.language as tl
 
 from farspan.ops.gated_linear.kernels import (
     INTEGERS,
-    augmentation_gradient,
     cumsum,
     is_extreme,
     kept_by_walk,
@@ -137,6 +136,29 @@ def _extreme_gradient(
         b_up, b_down = (b_q32 * b_since).to(DOT), (b_k32 * b_until).to(DOT)
         b_at += tl.where(_pairs(o_t, size), tl.dot(b_down, tl.trans(b_up), input_precision=PRECISION), 0.0)
     b_at = tl.where(later, b_at, 0.0).to(DOT)
+    b_du, b_u = tl.zeros([BT], tl.float32), tl.zeros([BT], tl.float32)
+    if AUGMENT:
+        b_u += tl.load(u + row + o_t * H, mask=m_t, other=0.0)
+    for i_v in range(tl.cdiv(V, BV)):
+        o_v = i_v * BV + tl.arange(0, BV)
+        m_v = m_t[:, None] & (o_v < V)[None, :]
+        o_y = row * V + o_t[:, None] * (H * V) + o_v[None, :]
+        b_do = tl.load(d_out + o_y, mask=m_v, other=0.0)
+        o_s = own + o_k[:, None] * V + o_v[None, :]
+        b_ds = tl.load(d_states + o_s, mask=m_k[:, None] & (o_v < V)[None, :], other=0.0).to(DOT)
+        b_dv = tl.dot(b_at, b_do.to(DOT), input_precision=PRECISION)
+        b_dv = tl.dot(b_end, b_ds, b_dv, input_precision=PRECISION)
+        if AUGMENT:
+            b_v, b_do = tl.load(v + o_y, mask=m_v, other=0.0).to(tl.float32), b_do.to(tl.float32)
+            if INSIDE:
+                b_r = sigmoid(b_u[:, None] * b_v, FAST)
+                b_slope = b_do * (b_r - b_r * b_r)
+                b_dv += b_u[:, None] * b_slope
+                b_du += tl.sum(b_slope * b_v, axis=1)
+            else:
+                b_dv += tl.sigmoid(b_u)[:, None] * b_do
+                b_du += tl.sum(b_do * b_v, axis=1) * tl.sigmoid(b_u) * tl.sigmoid(-b_u)
+        tl.store(dv + o_y, b_dv.to(dv.dtype.element_ty), mask=m_v)
     b_da, b_dat = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BT], tl.float32)
     b_dq, b_dk = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32)
     b_kept = tl.zeros([BK], tl.float32)
@@ -156,23 +178,6 @@ def _extreme_gradient(
         b_dat = tl.dot(b_v, tl.trans(b_do), b_dat, input_precision=PRECISION)
         b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)
         b_dk = tl.dot(b_v, b_ds, b_dk, input_precision=PRECISION)
-    b_du = tl.zeros([BT], tl.float32)
-    for i_v in range(tl.cdiv(V, BV)):
-        o_v = i_v * BV + tl.arange(0, BV)
-        m_v = m_t[:, None] & (o_v < V)[None, :]
-        o_y = row * V + o_t[:, None] * (H * V) + o_v[None, :]
-        b_do = tl.load(d_out + o_y, mask=m_v, other=0.0)
-        o_s = own + o_k[:, None] * V + o_v[None, :]
-        b_ds = tl.load(d_states + o_s, mask=m_k[:, None] & (o_v < V)[None, :], other=0.0).to(DOT)
-        b_dv = tl.dot(b_at, b_do.to(DOT), input_precision=PRECISION)
-        b_dv = tl.dot(b_end, b_ds, b_dv, input_precision=PRECISION)
-        if AUGMENT:
-            b_v = tl.load(v + o_y, mask=m_v, other=0.0).to(tl.float32)
-            b_u = tl.load(u + row + o_t * H, mask=m_t, other=0.0)
-            b_share, b_part = augmentation_gradient(b_do.to(tl.float32), b_v, b_u, INSIDE, FAST)
-            b_dv += b_share
-            b_du += b_part
-        tl.store(dv + o_y, b_dv.to(dv.dtype.element_ty), mask=m_v)
     b_da, b_dat = tl.where(earlier, b_da, 0.0), tl.where(later, b_dat, 0.0)
     b_total = tl.cumsum(b_g, axis=0)
     b_dq *= tl.exp(b_total)

@@ -153,19 +153,6 @@ def write_output(
     tl.store(out + row * V + o_t[:, None] * (H * V) + o_v[None, :], b_o.to(out.dtype.element_ty), mask=m_v)
 
 
-@triton.jit
-def augmentation_gradient(b_do, b_v, b_u, INSIDE: tl.constexpr, FAST: tl.constexpr):
-    """What `sigmoid(u v)`, or `sigmoid(u) v`, adds to the gradients of v and u, for a tile of V."""
-    if INSIDE:
-        b_r = sigmoid(b_u[:, None] * b_v, FAST)
-        b_slope = b_do * (b_r - b_r * b_r)
-        b_dv, b_du = b_u[:, None] * b_slope, tl.sum(b_slope * b_v, axis=1)
-    else:
-        b_r = sigmoid(b_u, FAST)
-        b_dv, b_du = b_r[:, None] * b_do, tl.sum(b_do * b_v, axis=1) * (b_r - b_r * b_r)
-    return b_dv, b_du
-
-
 @triton.jit(do_not_specialize=INTEGERS)
 def prepare_kernel(
     q, k, gate, weight, q_tilde, k_tilde, centre, half, u, chunks, scale, tau,
@@ -238,12 +225,13 @@ def state_kernel(
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, REVERSE: tl.constexpr, HAS_START: tl.constexpr,
     STORE_STATES: tl.constexpr, STORE_END: tl.constexpr, STORE_LOST: tl.constexpr, STORE_VALUES: tl.constexpr,
-    KEPT: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    AUGMENT: tl.constexpr, KEPT: tl.constexpr, STAGES: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Walks a segment: forward with x = k~ and y = v for the states, in reverse with q~ and do for their gradients.
 
-    In reverse it can give the gradient of v too (MetaLA's comes from `gradient_kernel`); and where `KEPT`,
-    `rowsum(S~ dS~)` of each chunk and block of V, the first with the state in front of the segment as given.
+    In reverse it can give the gradient of v too, added to that of MetaLA's augmentation where there is one; and where
+    `KEPT`, `rowsum(S~ dS~)` of each chunk and block of V, the first with the state in front of the segment as given.
     """
     i_s, i_h, i_v = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, last, chunk = tl.load(segments + 3 * i_s), tl.load(segments + 3 * i_s + 1), tl.load(segments + 3 * i_s + 2)
@@ -308,6 +296,8 @@ def state_kernel(
             b_at = tl.where(o_t[:, None] <= o_t[None, :], b_at, 0.0).to(DOT)
             b_dv = tl.dot(b_at, b_y.to(DOT), input_precision=PRECISION)
             b_dv = tl.dot(b_k.to(DOT), b_now.to(DOT), b_dv, input_precision=PRECISION)
+            if AUGMENT:
+                b_dv += tl.load(dv + o_y, mask=m_y, other=0.0).to(tl.float32)
             tl.store(dv + o_y, b_dv.to(dv.dtype.element_ty), mask=m_y)
     if STORE_END:
         tl.store(end + own + o_s, b_s, mask=m_s)

@@ -45,7 +45,7 @@ class Back(NamedTuple):
     """What the walk in reverse takes and gives beside the gradients of states.
 
     Attributes:
-        dv: receives the gradient of v, unless that is MetaLA's.
+        dv: receives the gradient of v, and has MetaLA's augmentation's share of it.
         states: the states in front of all chunks.
         initial: those in front of all sequences, in float32; None where `kept` is.
         kept: receives `rowsum(S~ dS~)` of all chunks, `[chunks, H, blocks of V, K]`; None leaves it to the chunks.
@@ -129,11 +129,10 @@ def run_backward(
     du = torch.empty_like(prepared.u)
     if form.normalize or weight is not None:
         dy, rows, width = d_out, v.shape[0] * v.shape[1] * v.shape[2], common["V_PADDED"]
-        # What is in front of the norm has the room of dv until that is known.
-        d_out, height = dv if form.normalize else dy, max(1, ROW_NUMBERS // width)
+        d_out, height = torch.empty_like(dy) if form.normalize else dy, max(1, ROW_NUMBERS // width)
         _launch(
             chunk_kernels.row_kernel, (-(-rows // height),), (width, 4, 1, None), common,
-            dy, out, rstd, v, prepared.u, d_out, du, rows, BR=height,
+            dy, out, rstd, v, prepared.u, d_out, dv, du, rows, BR=height,
         )  # fmt: skip
     chunks, heads = plan.chunks.shape[0], q.shape[2]
     d_states, back = torch.empty_like(states), Back(dv, states)
@@ -148,8 +147,8 @@ def run_backward(
     _states(prepared.q, d_out, prepared, d_final, d_states, d_initial, plan, common, back)
     _launch(
         chunk_kernels.gradient_kernel, (chunks, heads), tiles.gradient, common,
-        q, own_k, prepared.q, prepared.k, v, own_gate, prepared.half, prepared.u, du, own_weight, d_out, states,
-        d_states, dq, d_key, dv, d_gate, parts, kept, plan.chunks, form.scale, form.normalizer, heads, **sums,
+        q, own_k, prepared.q, prepared.k, v, own_gate, prepared.half, own_weight, d_out, states, d_states,
+        dq, d_key, d_gate, du, parts, kept, plan.chunks, form.scale, form.normalizer, heads, **sums,
     )  # fmt: skip
     if gate is not None:
         _launch(
@@ -190,7 +189,7 @@ def _states(
             x, y, prepared.centre, prepared.half, end if start is None else start, end, lost, states, prepared.k,
             dv, before, end if initial is None else initial, end if kept is None else kept, plan.segments, heads,
             REVERSE=reverse, HAS_START=start is not None, STORE_STATES=inside, STORE_END=last, STORE_LOST=lost_too,
-            STORE_VALUES=reverse and inside and common["DECAY"] != 3, KEPT=kept is not None, STAGES=tile[2],
+            STORE_VALUES=reverse and inside, KEPT=kept is not None, STAGES=tile[2],
         )  # fmt: skip
 
     if plan.whole:
