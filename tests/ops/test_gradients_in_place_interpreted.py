@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from farspan.ops.gated_linear import launches
 from farspan.ops.gated_linear import triton as gated_linear_triton
 from farspan.ops.gated_linear.launches import Form
 
@@ -105,3 +106,27 @@ def test_a_gradient_of_another_dtype_has_room_of_its_own() -> None:
     assert [x.dtype for x in got] == [torch.float16, torch.float32, torch.float16]
     assert same(tuple(x.half() for x in got), want)
     assert not torch.equal(got[1], want[1].float())  # nothing of it was rounded
+
+
+@pytest.mark.parametrize(("batch", "length"), [(3, 70), (6, 70), (2, 140)])
+def test_halves_of_a_batch_change_no_gradient(batch: int, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, gate, v, weight, start = (
+        torch.randn(shape, generator=generator).requires_grad_()
+        for shape in ((batch, length, 2, 5), (batch, length, 2, 5), (batch, length, 2, 6), (2, 5), (batch, 2, 5, 6))
+    )
+    leaves = [q, gate, v, weight, start]
+    calls, run_backward = [], launches.run_backward
+    monkeypatch.setattr(launches, "run_backward", lambda *x: calls.append(len(x[2])) or run_backward(*x))
+
+    def results() -> tuple[Tensor, ...]:
+        calls.clear()
+        form = Form(0.5, from_logits=True, normalizer=16.0, normalize=True)
+        out, final = gated_linear_triton.attend(q, None, v, gate, weight, start, None, form)
+        return torch.autograd.grad(out.square().sum() + final.sin().sum(), leaves)
+
+    whole = results()
+    assert calls == [batch]
+    monkeypatch.setattr(gated_linear_triton, "HALVED", 0)
+    assert same(results(), whole)
+    assert calls == ([batch // 2] * 2 if batch % 2 == 0 else [batch])

@@ -121,8 +121,8 @@ def run_backward(
     plan: Plan,
     form: Form,
 ) -> None:
-    """The launches of the backward pass, into the room for the gradients."""
-    dq, dk, dv, d_gate, d_weight, d_initial = results
+    """The launches of the backward pass, into the room for the gradients; of `weight`'s one share for each chunk."""
+    dq, dk, dv, d_gate, shares, d_initial = results
     *rest, states, rstd = saved
     prepared = Prepared(*rest)
     tiles, common = _tiles(q), _common(q, v, gate, weight, form)
@@ -143,25 +143,18 @@ def run_backward(
     kept, sums = du if back.kept is None else back.kept, {"KEPT": back.kept is not None, "BLOCKS": blocks}
     own_k, own_gate, own_weight = q if k is None else k, q if gate is None else gate, q if weight is None else weight
     d_key = dq if k is None else dk
-    parts = q.new_empty(0 if weight is None else chunks, *q.shape[2:], dtype=torch.float32)
     _states(prepared.q, d_out, prepared, d_final, d_states, d_initial, plan, common, back)
     _launch(
         chunk_kernels.gradient_kernel, (chunks, heads), tiles.gradient, common,
         q, own_k, prepared.q, prepared.k, v, own_gate, prepared.half, own_weight, d_out, states, d_states,
-        dq, d_key, d_gate, du, parts, kept, plan.chunks, form.scale, form.normalizer, heads, **sums,
+        dq, d_key, d_gate, du, shares, kept, plan.chunks, form.scale, form.normalizer, heads, **sums,
     )  # fmt: skip
     if gate is not None:
         _launch(
             extreme_kernels.extreme_gradient_kernel, (_many(plan), heads), (tiles.gradient[0], 8, 1, None), common,
             q, own_k, prepared.q, prepared.k, v, gate, prepared.half, prepared.u, own_weight, d_out, states, d_states,
-            dq, d_key, dv, d_gate, parts, kept, plan.chunks, chunks, form.scale, form.normalizer, heads, **sums,
+            dq, d_key, dv, d_gate, shares, kept, plan.chunks, chunks, form.scale, form.normalizer, heads, **sums,
         )  # fmt: skip
-    if weight is not None:
-        # One number per chunk and channel, summed as a product with ones, which is faster than `sum` here.
-        total = d_weight if weight.dtype == torch.float32 else torch.empty_like(weight, dtype=torch.float32)
-        torch.mv(parts.flatten(1).T, parts.new_ones(chunks), out=total.view(-1))
-        if total is not d_weight:
-            d_weight.copy_(total)
 
 
 def _states(

@@ -32,6 +32,13 @@ class Plan(NamedTuple):
         """Whether every sequence is one segment."""
         return self.segments.shape[0] == self.offsets.shape[0] - 1
 
+    def part(self, parts: int) -> "Plan":
+        """The tables of the first of so many equal parts of a batch, which are those of every other part."""
+        segments, sequences, chunks = len(self.segments), len(self.offsets) - 1, len(self.chunks)
+        return Plan(
+            self.segments[: segments // parts], self.offsets[: sequences // parts + 1], self.chunks[: chunks // parts]
+        )
+
 
 def plan_chunks(like: Tensor, cu_seqlens: Tensor | None, chunk: int, streams: int) -> Plan:
     """Cuts the sequences of a call into chunks, and into segments that keep the card busy.

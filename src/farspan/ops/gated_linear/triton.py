@@ -17,6 +17,9 @@ from farspan.ops.gated_linear.launches import Form
 from farspan.ops.gated_linear.plan import cut, most_chunks
 from farspan.ops.gated_linear.tiles import WIDEST
 
+# Bytes of states from which on the backward pass takes the halves of a batch one after the other.
+HALVED = 1 << 26
+
 
 def gated_linear_attention_triton(
     q: Tensor,
@@ -224,11 +227,30 @@ def _backward(
         return results
     d_out = torch.zeros_like(v) if d_out is None else d_out.contiguous()
     d_final = None if d_final is None else d_final.contiguous()
+    *grads, d_weight, d_initial = results
+    form, states = Form(*rest[7:]), rest[5]
+    parts = 2 if form.normalize and _large(states) and cu_seqlens is None and len(q) % 2 == 0 else 1
     with torch.cuda.device_of(q):
         plan = launches.plan_of(q, v, cu_seqlens)
-        saved, form = rest[:7], Form(*rest[7:])
-        launches.run_backward(d_out, d_final, q, k, v, gate, weight, initial, out, saved, results, plan, form)
+        shares = q.new_empty(0 if weight is None else len(plan.chunks), *q.shape[2:], dtype=torch.float32)
+        rows = (d_out, d_final, q, k, v, gate, initial, out, *rest[:7], *grads, shares, d_initial)
+        for part in zip(*([x] * parts if x is None else x.tensor_split(parts) for x in rows), strict=True):
+            (dy, d_end, own_q, own_k, own_v, own_gate, start, y), saved, room = part[:8], part[8:15], part[15:]
+            launches.run_backward(
+                dy, d_end, own_q, own_k, own_v, own_gate, weight, start, y, saved, room, plan.part(parts), form
+            )
+        if weight is not None:
+            # One number per chunk and channel, summed as a product with ones, which is faster than `sum` here.
+            total = d_weight if weight.dtype == torch.float32 else torch.empty_like(weight, dtype=torch.float32)
+            torch.mv(shares.flatten(1).T, shares.new_ones(len(shares)), out=total.view(-1))
+            if total is not d_weight:
+                d_weight.copy_(total)
     return results
+
+
+def _large(states: Tensor) -> bool:
+    """Whether half a batch is work enough, so that what only the backward pass needs takes the room of a half."""
+    return states.numel() * states.element_size() >= HALVED
 
 
 def _rehearse(
@@ -253,6 +275,8 @@ def _rehearse(
         results = _results(q, k, v, gate, weight, start, None, *form)
         launches.run(q, k, v, gate, weight, start, results, plan, Form(*form))
         gradients = _gradients(v, None, q, k, v, gate, weight, start, None, v)
+        shares = q.new_empty(len(plan.chunks), *q.shape[2:], dtype=torch.float32)
+        gradients = (*gradients[:4], shares, gradients[5])
         launches.run_backward(v, None, q, k, v, gate, weight, start, v, results[2:], gradients, plan, Form(*form))
 
 
