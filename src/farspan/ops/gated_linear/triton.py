@@ -233,7 +233,7 @@ def _backward(
     with torch.cuda.device_of(q):
         plan = launches.plan_of(q, v, cu_seqlens)
         shares = q.new_empty(0 if weight is None else len(plan.chunks), *q.shape[2:], dtype=torch.float32)
-        rows = (d_out, d_final, q, k, v, gate, initial, out, *rest[:7], *grads, shares, d_initial)
+        rows: tuple[Any, ...] = (d_out, d_final, q, k, v, gate, initial, out, *rest[:7], *grads, shares, d_initial)
         for part in zip(*([x] * parts if x is None else x.tensor_split(parts) for x in rows), strict=True):
             (dy, d_end, own_q, own_k, own_v, own_gate, start, y), saved, room = part[:8], part[8:15], part[15:]
             launches.run_backward(
