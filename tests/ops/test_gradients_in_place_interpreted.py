@@ -15,8 +15,8 @@ from farspan.ops.gated_linear.launches import Form
 Call = Callable[..., Tensor]
 
 
-def metala(q: Tensor, gate: Tensor, v: Tensor) -> Tensor:
-    form = Form(0.5, from_logits=True, normalizer=16.0, normalize=True)
+def metala(q: Tensor, gate: Tensor, v: Tensor, normalize: bool = True) -> Tensor:
+    form = Form(0.5, from_logits=True, normalizer=16.0, normalize=normalize)
     return gated_linear_triton.attend(q, None, v, gate, torch.ones(1, 6), None, None, form)[0]
 
 
@@ -96,6 +96,16 @@ def test_some_inputs_without_gradient(call: Call, chosen: list[int]) -> None:
     some = [x.detach().requires_grad_(i in chosen) for i, x in enumerate(inputs)]
     got = gradients(call(*some), [some[i] for i in chosen])
     assert same(got, tuple(want[i] for i in chosen))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_gradient_that_is_given_is_not_written(normalize: bool) -> None:
+    inputs = make()
+    out = metala(*inputs, normalize=normalize)
+    given = torch.randn_like(out)
+    kept = given.clone(), out.clone()
+    torch.autograd.grad(out, inputs, given)
+    assert same((given, out), kept)
 
 
 def test_a_gradient_of_another_dtype_has_room_of_its_own() -> None:

@@ -206,3 +206,18 @@ def test_the_compiler_sees_one_graph(name: str) -> None:
     got = results(torch.compile(op, fullgraph=True, backend="aot_eager"), x)
     for ours, theirs in zip(got, want, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["gated_linear", "metala"])
+def test_every_backward_of_a_node_gives_the_same(name: str) -> None:
+    op, x = cases()[name]
+    leaves = {name: None if t is None else t.detach().requires_grad_() for name, t in x.items()}
+    inputs = [leaf for leaf in leaves.values() if leaf is not None]
+    out, state = op(**leaves)
+    loss = (out.float() * torch.linspace(-1, 1, out.shape[-1], device="cuda")).sum() + state.sum()
+    first = [gradient.clone() for gradient in torch.autograd.grad(loss, inputs, retain_graph=True)]
+    for _ in range(2):
+        again = torch.autograd.grad(loss, inputs, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+        for gradient in again:
+            gradient.zero_()

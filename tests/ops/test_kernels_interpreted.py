@@ -202,6 +202,16 @@ def test_metala_extreme_gates_match_reference() -> None:
     assert_same(outputs_and_gradients(metala(**options), cast(x, torch.float32)), want, tolerances.FLOAT32)
 
 
+def test_the_gradient_of_the_augmentation_of_a_few_tokens_is_not_rounded() -> None:
+    z = torch.linspace(-4, 4, 6).half().expand(1, 3, 1, 6)
+    weight = torch.zeros(1, 6).requires_grad_()  # u = 0, where the slope of the sigmoid is 1/4
+    options = {"augmentation_inside": False, "normalize": False, "key": None, "initial_state": None}
+    out, _ = metala(**options)(torch.ones_like(z), z, torch.ones_like(z), weight)
+    (gradient,) = torch.autograd.grad(out.sum(), [weight])
+    keys = -torch.expm1(torch.nn.functional.logsigmoid(z[0].double()) / 16)
+    assert_close(gradient, 6 / 4 * keys.sum(0), tolerances.FLOAT32)
+
+
 def test_padding_neither_decays_nor_writes() -> None:
     x = cast(test_metala.make(20, batch=1), torch.float32)
     keep = torch.rand(1, 20) < 0.6
