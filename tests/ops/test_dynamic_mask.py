@@ -254,9 +254,17 @@ def test_packed_documents_equal_separate_ones(
     causal=st.booleans(),
     masked=st.booleans(),
     per_row=st.booleans(),
+    pieces=st.sampled_from([3, 8, 1000]),
 )
 def test_every_combination_equals_the_definition(
-    select: str, window: int | None, block_size: int | None, past: int, causal: bool, masked: bool, per_row: bool
+    select: str,
+    window: int | None,
+    block_size: int | None,
+    past: int,
+    causal: bool,
+    masked: bool,
+    per_row: bool,
+    pieces: int,
 ) -> None:
     """Windows with selections, smoothing, padding, a bias per query row: fast where it can be, defined everywhere."""
     queries, keys = 20, 20 + past
@@ -267,6 +275,7 @@ def test_every_combination_equals_the_definition(
         tensors[3][:, ..., 3:5] = -math.inf
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast, "SHORT", 0)
+        patch.setitem(fast.DEFINED_AT_ONCE, "cpu", pieces * keys * 8)
         forms_agree(
             tensors,
             select=select,
@@ -276,6 +285,23 @@ def test_every_combination_equals_the_definition(
             causal=causal,
             key_mask=torch.rand(2, keys) > 0.3 if masked else None,
         )
+
+
+def test_a_bias_per_row_keeps_no_tensor_of_its_size_but_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, _ = make(32)
+    bias = torch.randn(2, 2, 32, 32, dtype=torch.float64, requires_grad=True)
+    kept_tensors: list[Tensor] = []
+
+    def largest(most: int) -> int:
+        monkeypatch.setitem(fast.DEFINED_AT_ONCE, "cpu", most)
+        kept_tensors.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept_tensors.append(x) or x, lambda x: x):
+            dynamic_mask_attention(q, k, v, bias, keep=4)
+        return max(
+            x.numel() for x in kept_tensors if x.untyped_storage().data_ptr() != bias.untyped_storage().data_ptr()
+        )
+
+    assert largest(4 * 32 * q.shape[2] * 2) <= max(x.numel() for x in (q, k, v)) < 32 * 32 * 2 <= largest(1 << 30)
 
 
 def test_a_bias_per_row_that_repeats_is_a_bias_per_key() -> None:

@@ -89,7 +89,8 @@ def dynamic_mask_attention(
         the backward pass (inputs, output and 8·(w/C + 1) bytes of indices per token and bias head); `topk_global` from
         S ≥ 4w on likewise. `topk_causal` in a window: the same with the window in the place of w; with smoothing, with
         2w + block_size. Other selections that do not depend on the query: as softmax attention. A bias per query row, a
-        window together with smoothing, either of them over padding: O(T·S) time and memory.
+        window over padding: O(T·S) time, and scores of some rows at a time. A window together with smoothing, smoothing
+        over padding: O(T·S) time and memory.
 
     Note:
         The published kernels select globally and apply causality afterwards; transformers selects per row. Both leave

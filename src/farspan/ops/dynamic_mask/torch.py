@@ -1,10 +1,12 @@
 """The fast forms of dynamic mask attention: live keys by blocks, or fused kernels with the bias as one more channel."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
 from farspan.ops import varlen
 from farspan.ops._contract import compute_dtype
@@ -22,6 +24,9 @@ from farspan.ops.dynamic_mask.limits import SHORT, drops_most, most_seen
 from farspan.ops.dynamic_mask.reference import Selection, dynamic_mask_attention_reference, key_blocks, smoothed
 from farspan.ops.softmax.torch import softmax_attention_sdpa
 
+# Scores of the definition that are formed at once; their backward pass forms them again.
+DEFINED_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
+
 
 def dynamic_mask_attention_torch(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: float, selection: Selection
@@ -31,7 +36,7 @@ def dynamic_mask_attention_torch(
     - causal top-w selections: each key's expiry, then blocks of live keys, O(T·w), or O(T·window);
     - w keys that every query sees: these alone, O(T·w);
     - every key chosen once for all queries, or all keys: the bias of the others is lowered, fused kernels do the rest;
-    - all else, short sequences and a single query: the definition with its masks, O(T·S) memory.
+    - all else, short sequences and a single query: the definition with its masks, some rows at a time if causal.
     """
     queries, keys = q.shape[1], k.shape[1]
     select, window, smooth = selection.select, selection.window, selection.block_size is not None
@@ -53,7 +58,7 @@ def dynamic_mask_attention_torch(
     alone = plain or (selection.key_mask is None and not (smooth and window is not None))
     if fast and select == "topk_causal" and selection.causal and alone:
         return _live(q, k, v, bias, scale, selection)
-    return dynamic_mask_attention_reference(q, k, v, bias, scale=scale, selection=selection)
+    return _defined(q, k, v, bias, scale, selection)
 
 
 def _live(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, selection: Selection) -> Tensor:
@@ -122,6 +127,34 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, selectio
         cu_seqlens=selection.cu_seqlens,
     )
     return out[..., :width].masked_fill(empty.repeat_interleave(heads // bias_heads, dim=2).unsqueeze(-1), 0.0)
+
+
+def _defined(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, selection: Selection) -> Tensor:
+    """The definition; rows that look at nothing behind them go in pieces."""
+    queries, past = q.shape[1], k.shape[1] - q.shape[1]
+    most = DEFINED_AT_ONCE.get(q.device.type, DEFINED_AT_ONCE["cpu"])
+    size = max(1, most // max(1, k.shape[1] * q.shape[2] * q.shape[0]))
+    ahead = not selection.causal or selection.select == "topk_global" or selection.block_size is not None
+    if ahead or size >= queries:
+        return dynamic_mask_attention_reference(q, k, v, bias, scale=scale, selection=selection)
+
+    def rows(first: int, end: int) -> Tensor:
+        keys = past + end
+        cut = (slice(None), slice(keys)) if bias.dim() == 3 else (..., slice(first, end), slice(keys))
+        mask, ranking = selection.key_mask, selection.ranking
+        part = replace(
+            selection,
+            key_mask=None if mask is None else mask[:, :keys],
+            ranking=None if ranking is None else ranking[cut],
+        )
+        tensors = q[:, first:end], k[:, :keys], v[:, :keys], bias[cut]
+        call = partial(dynamic_mask_attention_reference, scale=scale, selection=part)
+        if not torch.is_grad_enabled():
+            return call(*tensors)
+        out: Tensor = checkpoint(call, *tensors, use_reentrant=False, preserve_rng_state=False)
+        return out
+
+    return torch.cat([rows(first, min(first + size, queries)) for first in range(0, queries, size)], dim=1)
 
 
 def without_padding(bias: Tensor, selection: Selection) -> Tensor:
