@@ -52,7 +52,7 @@ def results(model: FarspanForCausalLM) -> tuple[list[list[int]], dict[str, Tenso
 
 
 @pytest.mark.parametrize(
-    "mix", ["collinear", "cosine_gpt", "dilated", "dynamic_mask", "hybrid", "metala", "ssd", "window"]
+    "mix", ["collinear", "cosine_gpt", "dilated", "dilated_nested", "dynamic_mask", "hybrid", "metala", "ssd", "window"]
 )
 def test_models_do_what_they_do_in_pytorch(mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny(mix)
