@@ -1,6 +1,7 @@
 """`farspan info`."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,9 @@ def test_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in [*machine["operators"], *machine["mixers"], *machine["feed_forwards"]])
+    for name in {name for mixer in machine["mixers"].values() for name in mixer["operators"]}:
+        users = sum(name in mixer["operators"] for mixer in machine["mixers"].values())
+        assert len(re.findall(rf"\b{name}\b", text)) == 1 + users, f"{name} is cut, or left out"
 
 
 def test_a_mixer_needs_the_backends_of_all_its_operators(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,7 @@ def _show_machine(found: dict[str, Any]) -> None:
         table.add_row(operator, *(reason or "yes" for reason in backends.values()))
     _output.out.print(table)
     table = _table("mixer", "operators", "backends", "memory while decoding")
+    table.columns[1].no_wrap = True
     for name, mixer in found["mixers"].items():
         table.add_row(
             name,

@@ -65,7 +65,11 @@ class CollinearMixer(Mixer):
     bidirectional: ClassVar[bool] = True
     attention_weights: ClassVar[bool] = True
     compact_cache: ClassVar[bool] = True
-    operators: ClassVar[tuple[str, ...]] = ("collinear_attention", "collinear_attention_step")
+    operators: ClassVar[tuple[str, ...]] = (
+        "collinear_attention",
+        "collinear_coefficients",
+        "collinear_attention_step",
+    )
     joint_projections: ClassVar[tuple[str, ...]] = ("q_proj", "t_proj", "v_proj")
     joint: Joint | None = None
 

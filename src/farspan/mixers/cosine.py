@@ -66,7 +66,7 @@ class CosineMixer(StateMixer):
 
     bidirectional: ClassVar[bool] = True
     compact_cache: ClassVar[bool] = True
-    operators: ClassVar[tuple[str, ...]] = ("cosine_attention",)
+    operators: ClassVar[tuple[str, ...]] = ("cosine_attention", "cosine_step")
     joint_projections = ("q_proj", "k_proj", "v_proj")
     joint: Joint | None = None
 

@@ -74,7 +74,12 @@ class MetaLAMixer(StateMixer):
 
     bidirectional: ClassVar[bool] = True
     compact_cache: ClassVar[bool] = True
-    operators: ClassVar[tuple[str, ...]] = ("metala_attention", "short_convolution")
+    operators: ClassVar[tuple[str, ...]] = (
+        "metala_attention",
+        "metala_step",
+        "short_convolution",
+        "short_convolution_step",
+    )
     no_weight_decay = ("augmentation", "convolution")
     joint_projections = ("q_proj", "decay_proj", "v_proj", "gate_proj")
     joint: Joint | None = None

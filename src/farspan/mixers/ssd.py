@@ -89,7 +89,12 @@ class SSDMixer(StateMixer):
     """
 
     bidirectional: ClassVar[bool] = True
-    operators: ClassVar[tuple[str, ...]] = ("state_space_duality", "short_convolution")
+    operators: ClassVar[tuple[str, ...]] = (
+        "state_space_duality",
+        "state_space_step",
+        "short_convolution",
+        "short_convolution_step",
+    )
     no_weight_decay = ("convolution",)
     joint_projections = ("x_proj", "b_proj", "c_proj", "dt_proj")
     joint: Joint | None = None
