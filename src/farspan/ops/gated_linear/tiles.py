@@ -24,8 +24,8 @@ class Tiles(NamedTuple):
 
 # (architecture family, padded K up to, bytes of an operand) -> tiles. The nearest older family serves an unlisted one.
 TILES = {
-    (8, 64, 2): Tiles((64, 4, 2, None), (128, 8, 1, None), prepare=WIDE, kept=(64, 4, 1, None)),
-    (8, 128, 2): Tiles((64, 4, 2, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 8, 1, None)),
+    (8, 64, 2): Tiles((64, 4, 2, None), (128, 8, 1, None), (64, 8, 2, None), WIDE, (64, 4, 1, None)),
+    (8, 128, 2): Tiles((64, 8, 1, None), (64, 8, 1, None), (64, 8, 2, None), WIDE, (64, 8, 1, None)),
     (8, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 4, 1, None)),
     (9, 64, 2): Tiles(),
     (9, 128, 2): Tiles((64, 4, 2, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 8, 3, None)),
