@@ -131,19 +131,19 @@ def gradient_kernel(
     DECAY: tl.constexpr, LIMIT: tl.constexpr, AUGMENT: tl.constexpr, KEPT: tl.constexpr, BLOCKS: tl.constexpr,
     FAST: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one chunk for all but v."""
+    """Gradients of one chunk for all but v; with a decay per channel, those of BK channels."""
     i_c, i_h = tl.program_id(0), tl.program_id(1)
     t, last = tl.load(chunks + 2 * i_c), tl.load(chunks + 2 * i_c + 1)
     place = i_c.to(tl.int64) * H + i_h
     if is_extreme(half, place, K, BK, DECAY, LIMIT):
         return
-    o_k, o_t = tl.arange(0, BK), tl.arange(0, BT)
+    o_k, o_t = tl.program_id(2) * BK + tl.arange(0, BK), tl.arange(0, BT)
     row = t.to(tl.int64) * H + i_h
     own = place * (K * V)
     m_t, m_k = (t + o_t) < last, o_k < K
     mask = m_t[:, None] & m_k[None, :]
     base, o_x = row * K, o_t[:, None] * (H * K) + o_k[None, :]
-    o_row = base + tl.minimum(o_t, last - t - 1) * (H * K)
+    o_row = base + tl.program_id(2) * BK + tl.minimum(o_t, last - t - 1) * (H * K)
     prefetch(q_tilde + o_row, FAST)
     prefetch(k_tilde + o_row, FAST)
     if DECAY >= 2:
@@ -168,7 +168,7 @@ def gradient_kernel(
         if DECAY != 0 and not KEPT:
             b_kept += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=0)
     if KEPT:
-        b_kept += kept_by_walk(kept, place, K, BK, BLOCKS)
+        b_kept += kept_by_walk(kept, place, o_k, K, BLOCKS)
     if DECAY == 1:
         b_line = head_decay(gate + row, half + place * K, o_t, m_t, H)
         b_net = head_decay_gradient(

@@ -183,7 +183,7 @@ def _extreme_gradient(
     b_dq *= tl.exp(b_total)
     b_dk *= tl.exp(tl.cumsum(b_g, axis=0, reverse=True) - b_g)
     if KEPT:
-        b_kept += kept_by_walk(kept, place, K, BK, BLOCKS)
+        b_kept += kept_by_walk(kept, place, o_k, K, BLOCKS)
     b_at_end = b_kept * tl.exp(tl.sum(b_g, axis=0)) + tl.sum(b_k32 * b_dk, axis=0)
     b_same = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_da, 0.0), axis=1)
     b_dq += b_same[:, None] * b_k32

@@ -207,13 +207,16 @@ def is_extreme(half, place, K: tl.constexpr, BK: tl.constexpr, DECAY: tl.constex
     if DECAY == 0:
         return False
     o_k = tl.arange(0, BK)
-    return tl.max(tl.load(half + place * K + o_k, mask=o_k < K, other=0.0), axis=0) > LIMIT
+    b_half = tl.load(half + place * K + o_k, mask=o_k < K, other=0.0)
+    for i in tl.static_range(1, (K + BK - 1) // BK):
+        b_half = tl.maximum(b_half, tl.load(half + place * K + i * BK + o_k, mask=i * BK + o_k < K, other=0.0))
+    return tl.max(b_half, axis=0) > LIMIT
 
 
 @triton.jit
-def kept_by_walk(kept, place, K: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr):
+def kept_by_walk(kept, place, o_k, K: tl.constexpr, BLOCKS: tl.constexpr):
     """A chunk's `rowsum(S~ dS~)` from the parts that the walk gave for so many blocks of V."""
-    o_k, b_kept = tl.arange(0, BK), tl.zeros([BK], tl.float32)
+    b_kept = tl.zeros(o_k.shape, tl.float32)
     for i_v in tl.static_range(BLOCKS):
         b_kept += tl.load(kept + (place * BLOCKS + i_v) * K + o_k, mask=o_k < K, other=0.0)
     return b_kept

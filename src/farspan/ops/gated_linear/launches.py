@@ -144,10 +144,13 @@ def run_backward(
     own_k, own_gate, own_weight = q if k is None else k, q if gate is None else gate, q if weight is None else weight
     d_key = dq if k is None else dk
     _states(prepared.q, d_out, prepared, d_final, d_states, d_initial, plan, common, back)
+    # Channels that decay by themselves share no more than d_out v^T: a program takes as many as registers hold.
+    channels = common["BK"] if common["DECAY"] < 2 else NARROWEST
     _launch(
-        chunk_kernels.gradient_kernel, (chunks, heads), tiles.gradient, common,
+        chunk_kernels.gradient_kernel, (chunks, heads, common["BK"] // channels),
+        _device_tiles(q.get_device(), channels, q.element_size()).gradient, common,
         q, own_k, prepared.q, prepared.k, v, own_gate, prepared.half, own_weight, d_out, states, d_states,
-        dq, d_key, d_gate, du, shares, kept, plan.chunks, form.scale, form.normalizer, heads, **sums,
+        dq, d_key, d_gate, du, shares, kept, plan.chunks, form.scale, form.normalizer, heads, BK=channels, **sums,
     )  # fmt: skip
     if gate is not None:
         _launch(
