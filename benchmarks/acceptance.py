@@ -139,6 +139,8 @@ def run(out: str, about: str | None, checks: dict[str, Checks], rows: dict[str, 
     parser.add_argument("--times", action="store_true", help="times alone")
     parser.add_argument("--warm", action="store_true", help="without the first calls in processes of their own")
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("this benchmark needs an NVIDIA GPU")
     only = [] if options.only == ours else ["--only", *options.only]
     switches = [f"--{name}" for name in ("times", "warm") if getattr(options, name)]
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *only, *switches])

@@ -41,7 +41,7 @@ class _Command:
     cold: bool = False
     """Measure each first call in a process of its own that finds no compiled kernels."""
     tune: bool = False
-    """Choose the kernels' block sizes by measuring on this GPU; the library then reads them from a table."""
+    """Choose the block sizes of the kernels of training by measuring on this GPU, and keep them in a table."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: Path | None = None
@@ -127,7 +127,7 @@ def _show(speeds: "list[OpSpeed]", limits: dict[str, float]) -> None:
     copy, product = limits.values()
     columns = ("forw.\nms", "both\nms", "eager\nms", "\nGB/s", "TFLOP\n/s", "extra\nGiB", "laun-\nches", "first\ns")
     table = _output.figures("\noperator", "\nshape", numbers=columns)
-    table.caption = f"both: forward and backward. A copy: {copy:,.0f} GB/s; a matrix product: {product:,.1f} TFLOP/s"
+    table.caption = f"both: forward and backward. A copy: {copy:,.0f} GB/s; a matrix product: {product:,.2f} TFLOP/s"
     for speed in speeds:
         place = f"{speed.rows}x{speed.tokens}"
         if speed.forward_ms is None:

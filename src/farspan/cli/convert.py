@@ -41,8 +41,8 @@ class _Command:
     to: Literal["farspan", "original"] = "farspan"
     """original is the way back: SRC is a Farspan model, DST gets published names and config.json."""
     family: str | None = None
-    """The published family, where the checkpoint leaves it open, or on the way back of a model that was trained with
-    Farspan. An unknown name lists them all."""
+    """The published family, where the checkpoint leaves it open, or on the way back of a model trained with Farspan.
+    An unknown name lists them all."""
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     """Type of the written parameters; auto keeps the type of each."""
     max_shard_size: str = "5GB"

@@ -55,8 +55,8 @@ class _Command:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     json: Path | None = None
-    """Save the samples with their seeds and options to this file; samples.json in a run enters its report. Earlier
-    samples there are replaced, any other file is left alone."""
+    """Save the samples with their seeds and options to this file; samples.json in a run enters its report.
+    Earlier samples there are replaced, any other file is left alone."""
     check_python: bool = False
     """Print the share of complete lines that read as Python (the rule is in farspan.evaluation.samples)."""
 

@@ -102,11 +102,11 @@ class DataRecipe:
     """What to read, and how it is cut into sequences. The corpus is tokenised once and memory-mapped from then on."""
 
     corpus: str | None = "python-stdlib"
-    """A corpus by name, or the path of a folder, a glob, a text file or a .jsonl file. None (null in YAML): train on
-    what `farspan data prepare` left in data.directory."""
+    """A corpus by name, or the path of a folder, a glob, a text file or a .jsonl file.
+    None (null in YAML): train on what `farspan data prepare` left in data.directory."""
     tokenizer: str | None = None
-    """"byte", "bpe:4096" (trained on the corpus; any size), or a directory with a Hugging Face tokenizer. Unset:
-    the tokenizer of model.from_pretrained if that is given, otherwise "byte"."""
+    """"byte", "bpe:4096" (trained on the corpus; any size), or a directory with a Hugging Face tokenizer.
+    Unset: the tokenizer of model.from_pretrained if that is given, otherwise "byte"."""
     directory: str | None = None
     """Where the tokenised corpus is kept; share it between runs that compare. Unset: data/ in the run directory."""
     text_field: str | None = None
@@ -152,8 +152,8 @@ class TrainRecipe:
     adam_epsilon: float = 1e-8
     """AdamW's guard against division by zero."""
     row_sparse: Literal["none", "experts", "all"] = "none"
-    """Tables of which AdamW leaves rows without a gradient alone, moments included: those of the experts of cdmoe and
-    peer; all: those and embeddings. Faster where a step touches few of many rows."""
+    """Tables of which AdamW leaves rows without a gradient alone, moments included.
+    experts: those of cdmoe and peer; all: those and embeddings. Faster where a step touches few of many rows."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are shortened to it; 0 turns clipping off."""
     seed: int = 0
@@ -209,8 +209,8 @@ class Recipe:
     output_dir: str | None = None
     """The run directory; it ends as a model directory. Unset: runs/NAME."""
     imports: list[str] = field(default_factory=list)
-    """Python modules to import first, such as one that registers a mixer. They are imported again wherever the run is
-    read (eval, generate, info), so they have to be installed or in PYTHONPATH."""
+    """Python modules to import first, such as one that registers a mixer.
+    They are imported again wherever the run is read (eval, generate, info): have them installed or in PYTHONPATH."""
     model: ModelRecipe = field(default_factory=ModelRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
