@@ -40,6 +40,14 @@ def test_it_decodes_pads_and_packs_exactly(model: Any) -> None:
         torch.testing.assert_close(packed, separate, atol=1e-5, rtol=1e-4)
 
 
+def test_it_is_loaded_again(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(0, 32, (2, 9))
+    with torch.no_grad():
+        again = type(model).from_pretrained(tmp_path)(ids).logits
+        torch.testing.assert_close(again, model(ids).logits, atol=0, rtol=0)
+
+
 def test_it_trains(model: Any) -> None:
     ids = torch.arange(16).repeat(2, 2)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
