@@ -175,6 +175,16 @@ def test_ranking_decides_and_bias_weighs() -> None:
         assert_close(out, want, tolerances.FLOAT64)
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 30}, {"select": "topk_global"}], ids=str)
+def test_a_ranking_of_minus_infinity_comes_last_and_hides_nothing(options: dict[str, Any], no_short_form: None) -> None:
+    tensors = make(50)
+    ranking = torch.randn_like(tensors[3])
+    ranking[:, ::3] = -math.inf
+    with torch.no_grad():
+        tensors[3][:, 1:40:2] = -math.inf
+    forms_agree(tensors, ranking=ranking, keep=12, **options)
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("select", ["none", "topk_causal", "relu"])
 def test_future_does_not_change_past(select: str, backend: str, no_short_form: None) -> None:

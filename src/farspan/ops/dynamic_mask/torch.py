@@ -171,8 +171,11 @@ def candidates(bias: Tensor, selection: Selection) -> Tensor:
 
 
 def ranking_of(bias: Tensor, selection: Selection) -> Tensor:
-    """What the keys are ranked by, with hidden ones last."""
-    return bias if selection.ranking is None else selection.ranking.masked_fill(bias == float("-inf"), float("-inf"))
+    """What the keys are ranked by, with hidden ones last: behind real ones that rank −inf."""
+    ranking = selection.ranking
+    if ranking is None:
+        return bias
+    return ranking.clamp(min=torch.finfo(ranking.dtype).min).masked_fill(bias == float("-inf"), float("-inf"))
 
 
 def _chosen(bias: Tensor, selection: Selection) -> Tensor:
