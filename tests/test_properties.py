@@ -15,7 +15,7 @@ def _tests_in(path: Path) -> set[str]:
 def test_every_named_test_exists() -> None:
     named = re.findall(r"`(tests/[\w/.]+\.py)::(\w+)(?:\[[^`]*\])?`", (ROOT / "tests" / "PROPERTIES.md").read_text())
     assert len(named) >= 100
-    found = {path: _tests_in(ROOT / path) if (ROOT / path).is_file() else set() for path, _ in named}
+    found = {path: _tests_in(ROOT / path) if (ROOT / path).is_file() else set() for path in {path for path, _ in named}}
     missing = [f"{path}::{name}" for path, name in named if name not in found[path]]
     assert not missing, "\n".join(missing)
 
