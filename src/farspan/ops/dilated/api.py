@@ -97,6 +97,7 @@ def dilated_attention(
     Raises:
         ShapeError: for shapes, dtypes or devices that do not fit, also a `distance_bias` that is too short.
         ConfigError: for patterns, names or a dropout that are not accepted.
+        BackendUnavailable: for a named backend that cannot serve.
 
     Cost:
         O(T·Σ w_i/r_i²) time per head. Kept for backward: q, k, v, the output and one float per row and head. Outside

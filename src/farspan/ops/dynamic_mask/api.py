@@ -90,7 +90,7 @@ def dynamic_mask_attention(
         S ≥ 4w on likewise. `topk_causal` in a window: the same with the window in the place of w; with smoothing, with
         2w + block_size. Other selections that do not depend on the query: as softmax attention. A bias per query row, a
         window over padding: O(T·S) time, and scores of some rows at a time. A window together with smoothing, smoothing
-        over padding: O(T·S) time and memory.
+        over padding, a bias per query row that is not causal or smoothed: O(T·S) time and memory.
 
     Note:
         The published kernels select globally and apply causality afterwards; transformers selects per row. Both leave

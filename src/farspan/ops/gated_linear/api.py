@@ -144,6 +144,9 @@ def gated_linear_attention_step(
     Cost:
         O(K · V) per head.
 
+    Source:
+        As of `gated_linear_attention`.
+
     Example:
         >>> import torch
         >>> out, state = gated_linear_attention_step(torch.ones(1, 2, 4), torch.ones(1, 2, 4), torch.ones(1, 2, 3))
