@@ -71,7 +71,8 @@ def gated_linear_attention(
         centre of the chunk serves; otherwise the chunk is split until it fits. Nothing is clamped; a decay below
         exp(-10⁴) is 0 in every dtype. Later tokens do not reach earlier outputs, except through the last bits (the
         centre depends on the whole chunk). Gradients flow to every tensor argument, through `out` and through the
-        final state. That of log_decay is a sum of differences `q dq - k dk`, and rounds like these terms.
+        final state. That of log_decay is a sum of differences `q dq - k dk`, and rounds like these terms; the kernels
+        take that of one decay per head from what is not rounded.
         The kernels take 16-bit and float32 inputs, use no atomic operations (repeated calls agree to the bit), and
         compile once per K, V, dtype and rank of the decay, whatever B, T and H are. Heads with K > 128 run as several
         narrower ones, each with its own copy of v.
