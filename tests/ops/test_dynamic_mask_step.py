@@ -70,10 +70,13 @@ def test_norms_come_before_the_rotation() -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 runs the kernels on a CPU")
 @pytest.mark.parametrize("sharing", [1, 2])
-@pytest.mark.parametrize(("keep", "length", "tied"), [(1, 6, True), (5, 24, True), (40, 10, False), (70, 75, True)])
+@pytest.mark.parametrize(
+    ("keep", "length", "before", "tied"), [(1, 6, 0, True), (5, 24, 0, True), (40, 10, 0, False), (70, 75, 66, True)]
+)
 def test_kernels_match_the_formulas(
-    keep: int, length: int, tied: bool, sharing: int, monkeypatch: pytest.MonkeyPatch
+    keep: int, length: int, before: int, tied: bool, sharing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """`before` tokens are read by the formulas in both memories, which the kernels then go on with."""
     from farspan.ops.dynamic_mask import step_triton
 
     monkeypatch.setattr(step_triton, "SLOTS", 16)
@@ -82,8 +85,12 @@ def test_kernels_match_the_formulas(
     hidden = torch.arange(length).reshape(1, -1, 1) % 7 == torch.arange(ROWS).reshape(-1, 1, 1)
     memories = [nothing_yet(keep * sharing, sharing) for _ in range(2)]
     norms = (torch.rand(WIDTH), torch.rand(WIDTH)) if tied else None
+    first, rest = ([x[:, part] for x in (*parts, hidden)] for part in (slice(before), slice(before, None)))
+    if before:
+        for live in memories:
+            stepped(first[:-1], live, keep, "torch", first[-1], norms=norms)
     want, got = (
-        stepped(parts, live, keep, name, hidden, norms=norms)
+        stepped(rest[:-1], live, keep, name, rest[-1], norms=norms)
         for live, name in zip(memories, ("torch", "triton"), strict=True)
     )
     assert_close(got, want, tolerances.FLOAT32)
