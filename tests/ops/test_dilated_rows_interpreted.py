@@ -138,12 +138,10 @@ def test_what_is_compiled_ahead_is_what_is_launched(
     patterns: list[tuple[int, int]], detach: bool, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: set[object] = set()
-    launch = rows.launch
 
     def record(kernel: object, grid: object, arguments: list[object], constants: object, *schedule: int) -> None:
         dtypes = tuple(x.dtype if isinstance(x, Tensor) else type(x) for x in arguments)
-        launched.add((kernel.__name__, id(constants), dtypes, schedule))
-        launch(kernel, grid, arguments, constants, *schedule)
+        launched.add((kernel.__name__, id(constants), dtypes, schedule))  # and is not run: no number decides a launch
 
     rehearsed: list[set[object]] = []
 
@@ -160,3 +158,4 @@ def test_what_is_compiled_ahead_is_what_is_launched(
     out = kernels.dilated_attention_triton(*leaves, settings, [(0, 45)])
     torch.autograd.grad(out.sum(), [*leaves, *([] if bias is None else [bias])])
     assert rehearsed == [launched]
+    assert launched
