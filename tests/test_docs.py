@@ -1,5 +1,6 @@
 """Every example in the documentation runs: docstrings by doctest, pages by executing their Python blocks."""
 
+import dataclasses
 import doctest
 import importlib
 import importlib.util
@@ -48,6 +49,20 @@ def test_python_blocks_of_the_pages(block: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(MIXERS, "_entries", dict(MIXERS._entries))  # forgets what a page registers
     exec(compile(block, "<documentation>", "exec"), {"__name__": "__example__"})
+
+
+def test_every_option_stands_on_its_page() -> None:
+    from farspan.mixers import MIXERS
+    from farspan.nn.feed_forward import FEED_FORWARDS
+
+    pages = {"sliding_softmax": "softmax"} | dict.fromkeys(FEED_FORWARDS.names(), "experts")
+    for registry in (MIXERS, FEED_FORWARDS):
+        for name in registry.names():
+            text = (ROOT / "docs" / "mechanisms" / f"{pages.get(name, name)}.md").read_text()
+            missing = [
+                field.name for field in dataclasses.fields(registry.get(name)[1]) if f"`{field.name}`" not in text
+            ]
+            assert not missing, f"{pages.get(name, name)}.md does not name the options {missing} of {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
