@@ -14,6 +14,7 @@ from farspan.ops import dilated_attention
 from farspan.ops.dilated.boxes import reciprocal
 from farspan.ops.dilated.limits import option_limits
 from farspan.ops.dilated.patterns import DilatedSettings, head_offsets, pieces, score_entries
+from farspan.ops.dilated.rotation import turn_factors, turn_pair
 from farspan.ops.softmax.api import softmax_attention
 from tests.ops.checks import assert_close, boundaries
 from tests.tolerances import BFLOAT16, FLOAT64, GRADCHECK
@@ -412,3 +413,9 @@ def test_a_division_is_a_product(divisor: int, quotient: int, off: int) -> None:
     _, factor, shift = reciprocal(divisor)
     assert -(2**31) <= factor < 0 <= shift < 32
     assert (2 * number * (factor % 2**32) >> 32) >> shift == number // divisor
+
+
+def test_odd_channels_are_not_turned() -> None:
+    q, factors = torch.zeros(1, 4, 2, 5), turn_factors(torch.arange(4).view(1, 4), 4, *xpos_rates(4, 64))
+    with pytest.raises(ShapeError, match="K=5 is odd"):
+        turn_pair(q, q, *factors)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from farspan.errors import ShapeError
 from farspan.ops._backend import no_double, register, resolve
 from farspan.ops._contract import Contract, without_autocast
 
@@ -77,7 +78,7 @@ def turn_pair(q: Tensor, k: Tensor, factors: Tensor, rows: Tensor, *, backend: s
         Both in their dtypes; formed in float32 (float64 for float64) and rounded once.
 
     Raises:
-        ShapeError: for shapes or devices that do not fit.
+        ShapeError: for shapes or devices that do not fit, and an odd K.
         BackendUnavailable: for a named backend that cannot serve.
 
     Cost:
@@ -94,6 +95,8 @@ def turn_pair(q: Tensor, k: Tensor, factors: Tensor, rows: Tensor, *, backend: s
     contract = Contract("turn_pair")
     contract.tensor("q", q, "B T H K")
     contract.tensor("k", k, "B T G K")
+    if q.shape[-1] % 2:
+        raise ShapeError(f"turn_pair: pairs of channels are turned, but K={q.shape[-1]} is odd; give an even number.")
     contract.bind("K/2", q.shape[-1] // 2, "q's K")
     contract.bind("4", 4, "two parts each")
     contract.tensor("factors", factors, "4 P K/2")
