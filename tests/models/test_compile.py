@@ -15,8 +15,12 @@ STACKS = {
     "linear": ["softmax", "metala", "cosine", "ssd"],
     "keys": ["collinear", "dynamic_mask", "softmax"],
 }
-OPTIONS = {"dynamic_mask": {"keep_window_size": 4}, "softmax": {"sliding_window": 5}}
-CACHED = {"linear": ["softmax", "metala", "cosine"], "keys": ["softmax"]}
+OPTIONS = {
+    "dilated": {"segment_lengths": [4, 8], "dilations": [1, 2]},
+    "dynamic_mask": {"keep_window_size": 4},
+    "softmax": {"sliding_window": 5},
+}
+CACHED = {"linear": ["softmax", "metala", "cosine"], "keys": ["softmax", "dilated"]}
 
 
 @pytest.fixture(autouse=True)
