@@ -65,3 +65,21 @@ def test_models_do_what_they_do_in_pytorch(mix: str, monkeypatch: pytest.MonkeyP
     for name, x in want.items():
         assert_close(got[name], x, tolerances.FLOAT32, name, largest=largest)
     assert any(op.endswith("_step") for op in served)
+
+
+@pytest.mark.parametrize("mix", ["collinear", "dilated", "dynamic_mask", "dynamic_mask_window", "softmax", "ssd"])
+def test_a_batch_of_no_rows_is_served(mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(mix, num_hidden_layers=1)
+    served = serve(monkeypatch)
+    ids = torch.zeros(0, 9, dtype=torch.long)
+    model(ids).logits.sum().backward()
+    assert served
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        (layer,) = cache.layers
+        if layer.can_pin:
+            layer.pin(1)
+            served.clear()
+            assert model(ids[:, :1], past_key_values=cache.taken()).logits.shape == (0, 1, 61)
+            assert any(op.endswith("_step") for op in served)

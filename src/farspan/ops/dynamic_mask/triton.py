@@ -225,9 +225,9 @@ class _Lanes(torch.autograd.Function):
 class _Call:
     """Sizes of one call as the kernels take them."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, limits: Tensor, table: Tensor) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, limits: Tensor, table: Tensor) -> None:
         (self.batch, queries, self.heads, width), (keys, groups), values = q.shape, k.shape[1:3], v.shape[3]
-        self.units, self.blocks, lanes = len(table) // max(self.batch, 1), table.shape[1], table.shape[2]
+        self.units, self.blocks, lanes = bias.shape[1], table.shape[1], table.shape[2]
         # Two heads that share keys make the 128 rows of a tile. Sums of keys stay in registers: one head at a time.
         wide, narrow = q.dtype == torch.float32, max(width, values) <= NARROWEST
         older = not INTERPRETED and torch.cuda.get_device_capability(q.device)[0] < 9
@@ -292,7 +292,7 @@ def _attend(
     table: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    call = _Call(q, k, v, limits, table)
+    call = _Call(q, k, v, bias, limits, table)
     out, lse = _room(q, k, v)
     tensors = q, k, v, bias, expires, ranks, limits, table, out, lse, scale * LOG2E
     with torch.cuda.device_of(q):
@@ -314,7 +314,7 @@ def _attend_gradient(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    call, delta, dq = _Call(q, k, v, limits, table), torch.empty_like(lse), torch.empty_like(q)
+    call, delta, dq = _Call(q, k, v, bias, limits, table), torch.empty_like(lse), torch.empty_like(q)
     by_unit = (*k.shape[:2], call.units)
     shapes = ((*by_unit, k.shape[3]), (*by_unit, v.shape[3]), bias.shape)
     dk, dv, d_bias = (torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes)

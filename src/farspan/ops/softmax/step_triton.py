@@ -70,7 +70,7 @@ class Stretches:
     ) -> None:
         self.rows, _, self.heads, _ = q.shape
         at_once = SIDE_BY_SIDE * WARPS // warps * _multiprocessors(q.get_device())
-        self.parts = max(1, min(at_once // (self.rows * programs), triton.cdiv(slots, 4 * BLOCK), MOST_PARTS))
+        self.parts = max(1, min(at_once // max(1, self.rows * programs), triton.cdiv(slots, 4 * BLOCK), MOST_PARTS))
         self.grid = programs, self.parts, self.rows
         self.sums = q.new_empty((self.rows, self.heads, self.parts, width), dtype=torch.float32)
         self.stats = q.new_empty((self.rows, self.heads, self.parts, 2), dtype=torch.float32)
