@@ -16,7 +16,7 @@ from farspan.models.convert.longnet import attention_entries
 from farspan.models.convert.names import to_ours, to_published
 from farspan.ops.dilated.patterns import ceil_div
 from tests.ops.checks import assert_close
-from tests.tolerances import FLOAT32, FLOAT64
+from tests.tolerances import BFLOAT16, FLOAT32, FLOAT64
 
 POSITIONS = ["none", "rope", "xpos", "alibi", "relative_bias", "xpos+relative_bias", "rope+alibi"]
 TINY = {"segment_lengths": [3, 8, 10], "dilations": [1, 2, 3], "xpos_scale_base": 16.0}
@@ -100,6 +100,18 @@ def test_xpos_that_turns_ahead_is_the_same(
     monkeypatch.setattr(mixer, "_turns_ahead", lambda _: False)
     with torch.no_grad():
         assert_close(full, mixer(x, layout=_layout(x)), limit)
+
+
+@pytest.mark.parametrize("first", [torch.float16, torch.float32], ids=str)
+def test_xpos_goes_on_as_it_began_where_autocast_comes_or_goes(first: torch.dtype) -> None:
+    mixer = _mixer(positions="xpos", segment_lengths=[3, 6, 12], xpos_scale_base=0.177).float()
+    x, cache, outs = torch.randn(2, 29, 32), mixer.new_cache(), []
+    with torch.no_grad():
+        for start, end in ((0, 7), (7, 20), (20, 21)):
+            with torch.autocast("cpu", torch.float16, enabled=(first == torch.float16) == (start == 0)):
+                piece = x[:, start:end]
+                outs.append(mixer(piece, layout=_layout(piece, start), cache=cache).float())
+        assert_close(torch.cat(outs, dim=1), mixer(x[:, :21], layout=_layout(x[:, :21])), BFLOAT16)
 
 
 def test_long_chunks_behind_a_past_are_read_in_blocks() -> None:

@@ -173,7 +173,10 @@ class DilatedMixer(Mixer):
             cos, sin = layout.rotary(self.head_dim, self.rope_parameters, self.max_position_embeddings)
         assert cache is None or isinstance(cache, DilatedCache)
         past, ahead = 0 if cache is None else cache.length, self._turns_ahead(q.dtype)
+        if cache is not None:
+            ahead = cache.turned(ahead)
         if ahead:
+            q, k = (x.float() if x.dtype == torch.float16 else x for x in (q, k))  # which growth would leave
             q, k = turn_pair(q, k, *self._turns(layout, cache, compute_dtype(q)))
         form = partial(self._settings, past + x.shape[1], x.device, ahead)
         settings = form() if cache is None else cache.settings(form)

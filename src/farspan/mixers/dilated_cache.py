@@ -32,6 +32,7 @@ class DilatedCache(LayerCache):
         self._room = 0
         self._pinned = False
         self._settings: DilatedSettings | None = None
+        self._turned = False
 
     def pin(self, steps: int) -> None:
         self._grow(self.length + steps)
@@ -78,6 +79,12 @@ class DilatedCache(LayerCache):
     def seen(self) -> Tensor | int:
         """Real tokens that each row has read, `[B, 1]`; 0 before the first."""
         return self.tensors["seen"].unsqueeze(1) if "seen" in self.tensors else 0
+
+    def turned(self, ahead: bool) -> bool:
+        """Whether kept keys were turned before they came: as the first ones, whatever the dtype of the next."""
+        if "seen" not in self.tensors:
+            self._turned = ahead
+        return self._turned
 
     def takes_step(self, x: Tensor, layout: SequenceLayout) -> bool:
         """Whether `[B, 1, D]` is one real token per row behind others: what a step that changes the memory serves."""
