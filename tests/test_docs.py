@@ -57,10 +57,8 @@ def test_every_option_stands_on_its_page() -> None:
 
     pages = {"sliding_softmax": "softmax"} | dict.fromkeys(FEED_FORWARDS.names(), "experts")
     for registry in (MIXERS, FEED_FORWARDS):
-        for name in registry.names():
+        for name in registry._builtin:  # not what other tests have registered
             options, page = registry.get(name)[1], pages.get(name, name)
-            if not options.__module__.startswith("farspan."):
-                continue  # what another test has registered
             text = (ROOT / "docs" / "mechanisms" / f"{page}.md").read_text()
             missing = [field.name for field in dataclasses.fields(options) if f"`{field.name}`" not in text]
             assert not missing, f"{page}.md does not name the options {missing} of {name}"
