@@ -27,7 +27,7 @@ from farspan.ops.gated_linear.tiles import NARROWEST, Tiles, tiles
 pytestmark = pytest.mark.slow
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-SPILLED_BYTES = 128  # of the common kernels; those for extreme chunks may need more
+SPILLED_BYTES = 128  # those for extreme chunks may need more, except of 64 channels on capability 9.0
 INTEGERS, FLOATS = {"rows", "count", "H", "R"}, {"scale", "tau", "eps", "low", "high"}
 TABLES = {"segments", "chunks", "offsets"}
 ALWAYS_FLOAT32 = {
@@ -136,5 +136,6 @@ def test_kernels_compile(architecture: int, dtype: torch.dtype, width: int, deca
         assert binary.metadata.shared <= SHARED_MEMORY[architecture], f"{name}: {binary.metadata.shared} bytes shared"
         if architecture == 90 and dtype == torch.bfloat16 and name not in ("scan_kernel", "row_kernel"):
             assert "wgmma.mma_async" in binary.asm["ptx"], f"{name}: no warp-group matrix instruction"
-        if dtype == torch.bfloat16 and not name.startswith("extreme"):
+        rare = name.startswith("extreme") and (architecture, width) != (90, NARROWEST)
+        if dtype == torch.bfloat16 and not rare:
             assert stack_bytes(binary, tmp_path) <= SPILLED_BYTES, name

@@ -128,7 +128,7 @@ def _extreme_gradient(
     b_q32 = tl.load(q + o_x, mask=mask, other=0.0).to(tl.float32) * scale
     b_end = tl.load(k_tilde + o_x, mask=mask, other=0.0).to(DOT)
     earlier, later = o_t[:, None] >= o_t[None, :], o_t[:, None] <= o_t[None, :]
-    b_z, b_k32, b_g = key_and_decay(k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, 0)
+    _, b_k32, b_g = key_and_decay(k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, 0)
     b_at = tl.where(o_t[:, None] == o_t[None, :], tl.sum(b_q32 * b_k32, axis=1)[:, None], 0.0)
     for level in range(LEVELS):
         size = BT >> (level + 1)
@@ -179,22 +179,26 @@ def _extreme_gradient(
         b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)
         b_dk = tl.dot(b_v, b_ds, b_dk, input_precision=PRECISION)
     b_da, b_dat = tl.where(earlier, b_da, 0.0), tl.where(later, b_dat, 0.0)
-    b_total = tl.cumsum(b_g, axis=0)
-    b_dq *= tl.exp(b_total)
+    # Read again, these need no registers during the products before.
+    _, b_k32, b_g = key_and_decay(k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, 0)
+    b_dq *= tl.exp(tl.cumsum(b_g, axis=0))
     b_dk *= tl.exp(tl.cumsum(b_g, axis=0, reverse=True) - b_g)
     if KEPT:
         b_kept += kept_by_walk(kept, place, o_k, K, BLOCKS)
     b_at_end = b_kept * tl.exp(tl.sum(b_g, axis=0)) + tl.sum(b_k32 * b_dk, axis=0)
     b_same = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_da, 0.0), axis=1)
     b_dq += b_same[:, None] * b_k32
+    for level in range(LEVELS):
+        size = BT >> (level + 1)
+        b_since, b_until = _halves(b_g, o_t, size)
+        b_part, b_down = tl.where(_pairs(o_t, size), b_da, 0.0).to(DOT), (b_k32 * b_until).to(DOT)
+        b_dq += tl.dot(b_part, b_down, input_precision=PRECISION) * b_since
+    b_q32 = tl.load(q + o_x, mask=mask, other=0.0).to(tl.float32) * scale
     b_dk += b_same[:, None] * b_q32
     for level in range(LEVELS):
         size = BT >> (level + 1)
         b_since, b_until = _halves(b_g, o_t, size)
-        pairs = _pairs(o_t, size)
-        b_part, b_down = tl.where(pairs, b_da, 0.0).to(DOT), (b_k32 * b_until).to(DOT)
-        b_dq += tl.dot(b_part, b_down, input_precision=PRECISION) * b_since
-        b_part, b_up = tl.where(pairs, b_dat, 0.0).to(DOT), (b_q32 * b_since).to(DOT)
+        b_part, b_up = tl.where(_pairs(o_t, size), b_dat, 0.0).to(DOT), (b_q32 * b_since).to(DOT)
         b_dk += tl.dot(b_part, b_up, input_precision=PRECISION) * b_until
     b_dg = cumsum(b_q32 * b_dq - b_k32 * b_dk, True, BT, FAST, PART) + b_at_end[None, :]
     b_dq *= scale
@@ -206,6 +210,7 @@ def _extreme_gradient(
         b_dk += b_duq * b_w[None, :]
     tl.store(dq + o_x, b_dq.to(dq.dtype.element_ty), mask=mask)
     if DECAY == 3:
+        b_z = tl.load(gate + o_x, mask=mask, other=0.0).to(tl.float32)
         b_dz = (b_dg - (1 - b_k32) * b_dk) * sigmoid(-b_z, FAST) * (1 / tau)
         tl.store(d_gate + o_x, b_dz.to(d_gate.dtype.element_ty), mask=mask)
     else:
