@@ -1,5 +1,7 @@
 """The joining kernels of dilated attention in Triton's interpreter, with formed scores where a GPU has cuDNN."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -95,9 +97,9 @@ def test_turned_pairs_match_the_formula(window: int, dtype: torch.dtype, limit: 
     factors = turn_factors(torch.arange(90).view(2, 45) % 45, window, *xpos_rates(6, 64, window))
     weights = torch.randn(2, 45, 6, 6)
 
-    def results(turn: object, *pair: Tensor) -> list[Tensor]:
+    def results(turn: Callable[..., tuple[Tensor, Tensor]], *pair: Tensor) -> list[Tensor]:
         leaves = [x.detach().clone().requires_grad_() for x in pair]
-        turned = turn(*leaves, *factors)  # type: ignore[operator]
+        turned = turn(*leaves, *factors)
         whole = torch.cat(turned, dim=2)
         return [whole.detach(), *torch.autograd.grad((whole * weights.to(whole.dtype)).sum(), leaves)]
 
