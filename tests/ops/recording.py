@@ -1,7 +1,9 @@
 """What interpreted tests have run: kernels with the types of their tensors, nodes of PyTorch, checked as they run."""
 
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -50,3 +52,32 @@ class CheckedNodes(TorchDispatchMode):
         for i, (x, y) in enumerate(zip(given, before, strict=True)):
             assert bool(((x == y) | (x.isnan() & y.isnan())).all()), f"{name}: changes its tensor {i}"
         return results
+
+
+def rehearsed_and_launched(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> tuple[set[Any], set[Any]]:
+    """The launches of a module from now on, as far as the compiler tells them apart: compiled ahead, and started."""
+    launch, rehearsing = module.launch, False
+    rehearsed: set[Any] = set()
+    launched: set[Any] = set()
+
+    def kind(argument: Any) -> Any:
+        if isinstance(argument, tuple):
+            return tuple(map(kind, argument))
+        return argument.dtype if isinstance(argument, Tensor) else type(argument)
+
+    def record(kernel: Any, grid: Any, arguments: Any, constants: Any, *schedule: int) -> None:
+        (rehearsed if rehearsing else launched).add(
+            (kernel.__name__, id(constants), tuple(map(kind, arguments)), schedule)
+        )
+        if not rehearsing:
+            launch(kernel, grid, arguments, constants, *schedule)
+
+    def rehearse(_: object, call: Any) -> None:
+        nonlocal rehearsing
+        rehearsing = True
+        call()
+        rehearsing = False
+
+    monkeypatch.setattr(module, "launch", record)
+    monkeypatch.setattr(module, "compile_ahead", rehearse)
+    return rehearsed, launched

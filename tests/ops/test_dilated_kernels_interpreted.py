@@ -15,6 +15,7 @@ from farspan.ops.dilated.rotation import turn_factors, turn_pair_torch
 from farspan.ops.dilated.rotation_triton import turn_pair_triton
 from tests import tolerances
 from tests.ops.checks import assert_close
+from tests.ops.recording import rehearsed_and_launched
 
 LONGNET = [(8, 1), (16, 2), (32, 4), (32, 12)]
 CASES = {
@@ -68,6 +69,17 @@ def make(length: int, heads: int, batch: int, groups: int | None = None, width: 
 def test_boxes_match_reference(case: str, rule: str) -> None:
     length, heads, patterns, batch = CASES[case]
     compare(make(length, heads, batch), patterns, head_offset=rule, causal=case != "ragged")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_launched_has_been_compiled_ahead(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    length, heads, patterns, batch = CASES[case]
+    rehearsed, launched = rehearsed_and_launched(kernels, monkeypatch)
+    settings = DilatedSettings(tuple(patterns), head_offset="mod")
+    leaves = [x.float().requires_grad_() for x in make(length, heads, batch)]
+    kernels.dilated_attention_triton(*leaves, settings, [(0, length)]).sum().backward()
+    assert launched, "nothing was launched"
+    assert launched <= rehearsed, sorted(str(x) for x in launched - rehearsed)
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

@@ -13,6 +13,7 @@ from farspan.ops.dilated import triton as kernels
 from farspan.ops.dilated.patterns import DilatedSettings
 from tests import tolerances
 from tests.ops.checks import assert_close
+from tests.ops.recording import rehearsed_and_launched
 
 PATTERNS = [(19, 1), (30, 4)]
 CASES = {
@@ -137,25 +138,11 @@ def test_sums_without_a_key_are_zero() -> None:
 def test_what_is_compiled_ahead_is_what_is_launched(
     patterns: list[tuple[int, int]], detach: bool, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launched: set[object] = set()
-
-    def record(kernel: object, grid: object, arguments: list[object], constants: object, *schedule: int) -> None:
-        dtypes = tuple(x.dtype if isinstance(x, Tensor) else type(x) for x in arguments)
-        launched.add((kernel.__name__, id(constants), dtypes, schedule))  # and is not run: no number decides a launch
-
-    rehearsed: list[set[object]] = []
-
-    def rehearse(_: object, call: object) -> None:
-        call()
-        rehearsed.append(launched.copy())
-        launched.clear()
-
-    monkeypatch.setattr(rows, "launch", record)
-    monkeypatch.setattr(rows, "compile_ahead", rehearse)
+    rehearsed, launched = rehearsed_and_launched(rows, monkeypatch)
     bias = torch.randn(2, 89).requires_grad_() if biased else None
     leaves = [x.float().requires_grad_() for x in make(45, 2, 1)]
     settings = DilatedSettings(tuple(patterns), distance_bias=bias, detach_mixture_weights=detach)
     out = kernels.dilated_attention_triton(*leaves, settings, [(0, 45)])
     torch.autograd.grad(out.sum(), [*leaves, *([] if bias is None else [bias])])
-    assert rehearsed == [launched]
+    assert rehearsed == launched
     assert launched

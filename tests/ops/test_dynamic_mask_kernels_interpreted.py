@@ -11,6 +11,7 @@ from farspan.ops.dynamic_mask.expiry import expiry
 from farspan.ops.dynamic_mask.reference import Selection, dynamic_mask_attention_reference
 from tests import tolerances
 from tests.ops.checks import assert_close, boundaries
+from tests.ops.recording import rehearsed_and_launched
 from tests.ops.test_dynamic_mask import make
 
 
@@ -141,28 +142,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_launched_has_been_compiled_ahead(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: set[object] = set()
-    launch = kernels.launch
-
-    def record(kernel: object, grid: object, arguments: list[object], constants: object, *schedule: int) -> None:
-        dtypes = tuple(x.dtype if isinstance(x, Tensor) else type(x) for x in arguments)
-        form = kernel.__name__, id(constants), dtypes, schedule
-        if rehearsing:  # nothing is started then
-            rehearsed.add(form)
-        else:
-            launched.add(form)
-            launch(kernel, grid, arguments, constants, *schedule)
-
-    rehearsed: set[object] = set()
-    rehearsing: list[bool] = []
-
-    def rehearse(_: object, call: object) -> None:
-        rehearsing.append(True)
-        call()
-        rehearsing.clear()
-
-    monkeypatch.setattr(kernels, "launch", record)
-    monkeypatch.setattr(kernels, "compile_ahead", rehearse)
+    rehearsed, launched = rehearsed_and_launched(kernels, monkeypatch)
     leaves = [x.detach().float().requires_grad_() for x in make(60, heads=(4, 2, 2), batch=1)]
     selection = Selection(keep=9, **FORMS[form])
     kernels.dynamic_mask_attention_triton(*leaves, scale=0.7, selection=selection).sum().backward()

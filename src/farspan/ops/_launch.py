@@ -17,6 +17,7 @@ from torch import Tensor
 
 from farspan.ops._tiles import measured, remembered
 
+Argument = Tensor | tuple[Tensor, ...] | float
 # Packages whose kernels ask for their tiles themselves, warps and stages included.
 OWN_TILES = ("gated_linear", "ssd")
 # The interpreter takes every launch as it comes, and knows no compiler.
@@ -45,7 +46,7 @@ _rehearsal = _Rehearsal()
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    arguments: Sequence[Tensor | float],
+    arguments: Sequence[Argument],
     constants: Constants,
     warps: int,
     stages: int = 1,
@@ -56,7 +57,7 @@ def launch(
     Args:
         kernel: a `triton.jit` function that specialises no integer.
         grid: number of programs along one to three axes; no program, no launch.
-        arguments: tensors and numbers, in the kernel's order.
+        arguments: tensors, tuples of tensors, and numbers, in the kernel's order; one tensor at least stands by itself.
         constants: the kernel's compile-time arguments, all of those that follow; the same object at every launch.
         warps: warps of a program, unless others were measured on the card.
         stages: depth of the pipelines of loops, likewise.
@@ -68,12 +69,15 @@ def launch(
         kernel[grid](*arguments, **constants)
         return
     device, aligned = -1, True
-    kinds: list[torch.dtype | int | None] = []
+    kinds: list[torch.dtype | tuple[torch.dtype, ...] | int | None] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
             kinds.append(argument.dtype)
             device = argument.get_device()
             aligned &= argument.data_ptr() % 16 == 0
+        elif isinstance(argument, tuple):
+            kinds.append(tuple(x.dtype for x in argument))
+            aligned &= not any(x.data_ptr() % 16 for x in argument)
         else:
             kinds.append(argument >> 31 if isinstance(argument, int) else None)
     if device != torch.cuda.current_device():  # Triton takes the current one, whatever it is given
@@ -151,7 +155,9 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _compile(
-    device: int, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Tensor | float], options: Mapping[str, Any]
+    device: int, kernel: Any, grid: tuple[int, ...], arguments: Sequence[Argument], options: Mapping[str, Any]
 ) -> None:
     with torch.cuda.device(device):
-        kernel.warmup(*arguments, grid=grid, **options)
+        binary = kernel.warmup(*arguments, grid=grid, **options)
+    # The host's part of a launch is C code in some versions of Triton, which a first launch would wait for.
+    triton.runtime.driver.active.launcher_cls(binary.src, binary.metadata)

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from farspan.ops._contract import plain_backward, without_autocast
+from farspan.ops._launch import Constants, compile_ahead, launch
 from farspan.ops._library import register_node
 from farspan.ops.dilated import cudnn, kernels
 from farspan.ops.dilated.boxes import NUMBERS, WORD, Box, boxes, runs, stretches, table
@@ -136,6 +137,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, 
     lse = torch.empty(call.heads, len(q), dtype=torch.float32, device=q.device)
     out, base_lse = (torch.empty_like(q) if base is None else q), lse  # what the base gives is written to
     with torch.cuda.device_of(q):
+        key = "dilated boxes", q.device, q.dtype, *q.shape[1:], *call.settings.patterns, call.settings.head_offset
+        compile_ahead(key, partial(_rehearse, call, base, q, lse))
         for start, stop, some in call.stretches(FORWARD, base):
             first = [base] if base is not None and start == 0 else []
             lanes = 1 if (stop - start) * call.heads * call.width > FULL else LANES
@@ -143,20 +146,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, 
             if first:
                 whole, base_lse = parts.pop(0)
                 out = _laid(whole).view(q.shape)
-            kernels.merge_kernel[call.grid(start, stop)](
-                _filled([_laid(part) for part, _ in parts]),
-                _filled([part_lse.contiguous() for _, part_lse in parts]),
-                _table(tuple(some), base, call.heads, q.device),
-                out,
-                lse,
-                base_lse,
-                start,
-                stop,
-                len(q),
-                call.heads,
-                BASE=base is not None,
-                **_sizes(call),
-            )
+            _merge(call, start, stop, some, base, parts, out, lse, base_lse)
             release(q.device, lanes)
             del parts  # before the next stretch makes its own
     return out.view(shape), lse
@@ -176,19 +166,45 @@ def _backward(
                 [partial(_attend_backward, call, box, *tensors, detach) for box in some], q.device, LANES
             )
             for index, gradient in enumerate(gradients):
-                kernels.sum_kernel[call.grid(start, stop)](
-                    _filled([_laid(part[index]) for part in parts]),
-                    _table(tuple(some), None, call.heads, q.device),
-                    gradient,
-                    start,
-                    stop,
-                    call.heads,
-                    **_sizes(call),
-                )
+                _sum(call, start, stop, some, [part[index] for part in parts], gradient)
             release(q.device, LANES)
             del parts  # before the next stretch makes its own
     dq, dk, dv = (x.view(shape) for x in gradients)
     return dq, dk, dv
+
+
+def _merge(
+    call: _Call,
+    start: int,
+    stop: int,
+    some: list[Box],
+    base: Box | None,
+    parts: list[tuple[Tensor, Tensor]],
+    out: Tensor,
+    lse: Tensor,
+    base_lse: Tensor,
+) -> None:
+    """Joins outputs and log-sum-exps of the boxes of a stretch, the base apart."""
+    outs, lses = _filled([_laid(part) for part, _ in parts]), _filled([part_lse.contiguous() for _, part_lse in parts])
+    boxes_read = _table(tuple(some), base, call.heads, out.device)
+    arguments = outs, lses, boxes_read, out, lse, base_lse, start, stop, lse.shape[1], call.heads
+    launch(kernels.merge_kernel, call.grid(start, stop), arguments, _constants(call.width, BASE=base is not None), 4, 3)
+
+
+def _sum(call: _Call, start: int, stop: int, some: list[Box], parts: list[Tensor], gradient: Tensor) -> None:
+    """Adds up what the boxes of a stretch give to one gradient."""
+    boxes_read = _table(tuple(some), None, call.heads, gradient.device)
+    arguments = _filled([_laid(part) for part in parts]), boxes_read, gradient, start, stop, call.heads
+    launch(kernels.sum_kernel, call.grid(start, stop), arguments, _constants(call.width), 4, 3)
+
+
+def _rehearse(call: _Call, base: Box | None, q: Tensor, lse: Tensor) -> None:
+    """The launches of a call and of its gradient, on little."""
+    part, part_lse = q[:1, :, None], lse[:, :1]
+    for start, stop, some in call.stretches(FORWARD, base):
+        _merge(call, start, stop, some, base, [(part, part_lse)] * len(some), q, lse, lse)
+    for start, stop, some in call.stretches(BACKWARD, None):
+        _sum(call, start, stop, some, [part] * len(some), q)
 
 
 def _attend(call: _Call, box: Box, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,9 +247,10 @@ def _laid(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous()
 
 
-def _sizes(call: _Call) -> dict[str, Any]:
-    width = triton.next_power_of_2(call.width)
-    return {"D": call.width, "BT": BLOCK, "BD": width, "NUMBERS": NUMBERS, "WORD": WORD, "num_warps": 4}
+@functools.cache
+def _constants(width: int, **more: bool) -> Constants:
+    sizes = {"D": width, "BT": BLOCK, "BD": triton.next_power_of_2(width), "NUMBERS": NUMBERS, "WORD": WORD}
+    return Constants(sizes | more)
 
 
 def _places(count: int) -> int:
