@@ -34,8 +34,9 @@ ROWS, LANES, ORDERED, PLACES = 64, 64, 64, 1024
 FLOAT32_BLOCK = 2048
 # Programs along the second axis of a grid, on which heads and rows of the batch lie: CUDA takes no more.
 PROGRAMS = 65535
-# Warps and stages that keep heads of up to 64 channels in registers on cards before Hopper.
+# Warps and stages that keep in registers: before Hopper heads of up to 64 channels, from there on wider ones.
 OLDER = {"attend_kernel": (8, 3), "query_gradient_kernel": (8, 2), "lane_gradient_kernel": (4, 2)}
+WIDER = {"lane_gradient_kernel": (8, 3)}
 # Warp-group matrix instructions fail on blocks of 32 columns.
 NARROWEST = 64
 DOT = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -240,7 +241,7 @@ class _Call:
         size = _block_length(q, v)
         tile = size if wide else LANES
         self.warps = 4 if narrow or wide else 8
-        self.schedules = OLDER if older and narrow and not wide else {}
+        self.schedules = {} if wide or older != narrow else OLDER if older else WIDER
         self.sizes = {
             "D": width,
             "V": values,

@@ -100,9 +100,9 @@ def run(
     )  # fmt: skip
     if gate is not None:
         _launch(
-            extreme_kernels.extreme_output_kernel, (_many(plan), *grid[1:]), (tile[0], warps, 1, None), common,
+            extreme_kernels.extreme_output_kernel, (_many(plan), *grid[1:]), (tile[0], 8, 1, None), common,
             q, own_k, prepared.q, v, gate, prepared.half, prepared.u, states, out, rstd, plan.chunks, chunks,
-            form.scale, form.normalizer, form.eps, heads,
+            form.scale, form.normalizer, form.eps, heads, BK=NARROWEST,
         )  # fmt: skip
 
 
@@ -155,8 +155,9 @@ def run_backward(
     if gate is not None:
         _launch(
             extreme_kernels.extreme_gradient_kernel, (_many(plan), heads), (tiles.gradient[0], 8, 1, None), common,
-            q, own_k, prepared.q, prepared.k, v, gate, prepared.half, prepared.u, own_weight, d_out, states, d_states,
-            dq, d_key, dv, d_gate, shares, kept, plan.chunks, chunks, form.scale, form.normalizer, heads, **sums,
+            q, own_k, prepared.k, v, gate, prepared.half, prepared.u, own_weight, d_out, states, d_states,
+            dq, d_key, dv, d_gate, du, shares, kept, plan.chunks, chunks, form.scale, form.normalizer, heads,
+            BK=NARROWEST, **sums,
         )  # fmt: skip
 
 
@@ -250,7 +251,7 @@ def _constants(
     named = dict(zip(("DECAY", "AUGMENT", "INSIDE", "NORMALIZE"), switches, strict=True))
     return Constants({
         "K": width, "BK": _padded(width), "V": value_width, "V_PADDED": _padded(value_width), "BT": chunk,
-        "LEVELS": chunk.bit_length() - 1, "LIMIT": LIMIT[dtype], "FAST": 0 if exact else 1 if INTERPRETED else 2,
+        "LIMIT": LIMIT[dtype], "FAST": 0 if exact else 1 if INTERPRETED else 2,
         "PART": tl.float32 if INTERPRETED else tl.bfloat16, "DOT": tl.float32 if INTERPRETED else DOT[dtype],
         "PRECISION": "tf32x3" if exact else "tf32", **named,
     })  # fmt: skip

@@ -15,6 +15,8 @@ import triton.language as tl
 
 from farspan.ops.gated_linear.kernels import INTEGERS, exp
 
+SMALLEST = tl.constexpr(1.2e-38)  # normal number of float32
+
 
 @triton.jit
 def tile_mask(m_rows, m_columns, SIZE: tl.constexpr):
@@ -26,7 +28,7 @@ def tile_mask(m_rows, m_columns, SIZE: tl.constexpr):
 @triton.jit
 def _inverse_norm(b_x, eps):
     b_x = b_x.to(tl.float32)
-    return 1 / tl.maximum(tl.sqrt(tl.sum(b_x * b_x, axis=1)), eps)
+    return tl.minimum(tl.rsqrt(tl.maximum(tl.sum(b_x * b_x, axis=1), SMALLEST)), 1 / eps)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -96,9 +98,10 @@ def walk_kernel(
             if UNIT:
                 b_rx = _inverse_norm(b_x, eps)
                 b_a *= b_rx
-                if STORE_SCALES:
-                    tl.store(x_scale + row + o_t * H, b_rx, mask=m_t)
-                    tl.store(y_scale + row + o_t * H, b_ry, mask=m_t)
+                if STORE_SCALES:  # a number a head: 32 bytes of memory are written for each
+                    m_first = (t + o_t) < tl.where(i_z == 0, last, 0)
+                    tl.store(x_scale + row + o_t * H, b_rx, mask=m_first)
+                    tl.store(y_scale + row + o_t * H, b_ry, mask=m_first)
             b_xy = tl.dot(b_x.to(DOT), tl.trans(b_y).to(DOT), input_precision=PRECISION)
             b_o = tl.dot(b_x.to(DOT), b_s.to(DOT), input_precision=PRECISION)
             b_xy = tl.where(sees, b_xy, 0.0)
