@@ -29,6 +29,7 @@ pytestmark = pytest.mark.slow
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 SPILLED_BYTES = 128
+CASES = [*product([torch.bfloat16], [64, 128], [1, 2, 3]), *product([torch.float32], [64, 128], [1, 3])]
 INTEGERS, FLOATS = {"rows", "count", "H", "R"}, {"scale", "tau", "eps", "low", "high"}
 TABLES = {"segments", "chunks", "offsets"}
 ALWAYS_FLOAT32 = {
@@ -126,14 +127,7 @@ def launches(choice: Tiles, own: Tiles) -> list[tuple[Any, tuple[int, int, int |
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize(
-    ("dtype", "width", "decay"),
-    [
-        *product([torch.bfloat16], [64, 128], [1, 2, 3]),
-        *product([torch.float32], [64], [1, 3]),
-        (torch.float32, 128, 2),
-    ],
-)
+@pytest.mark.parametrize(("dtype", "width", "decay"), CASES, ids=str)
 def test_kernels_compile(architecture: int, dtype: torch.dtype, width: int, decay: int, tmp_path: Path) -> None:
     choice, own = (tiles(architecture // 10, channels, dtype.itemsize) for channels in (width, NARROWEST))
     for kernel, options, differing in launches(choice, own):
