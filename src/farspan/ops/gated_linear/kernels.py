@@ -2,9 +2,9 @@
 
 Forward: `prepare_kernel` brings decay and scale into queries and keys, `state_kernel` gives what each segment adds,
 `scan_kernel` the state entering each segment, `state_kernel` again the state entering each chunk; then `output_kernel`
-(in `chunk_kernels`, as those that follow). Backward: `norm_kernel` (MetaLA alone), the state kernels in reverse, which
-give the gradient of the state leaving each chunk, `value_gradient_kernel` and `gradient_kernel`. A segment is some
-hundred tokens or more, so that the time depends on the number of tokens only.
+(in `chunk_kernels`, as those that follow). Backward: `row_kernel` (MetaLA alone), the state kernels in reverse, which
+give the gradients of values and of the state leaving each chunk, and `gradient_kernel`. A segment is some hundred
+tokens or more, so that the time depends on the number of tokens only.
 
 Conventions: tensors are contiguous `[N, H, K]` over all tokens of all sequences; tables of int32 say where segments and
 chunks lie, which serves batches and packed documents alike. `i_` program index, `o_` offsets, `m_` mask, `b_` block in
