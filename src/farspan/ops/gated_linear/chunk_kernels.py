@@ -11,6 +11,7 @@ from farspan.ops.gated_linear.kernels import (
     INTEGERS,
     LOG_ZERO,
     _gate,
+    after_first,
     cumsum,
     exp,
     is_extreme,
@@ -152,7 +153,7 @@ def gradient_kernel(
     b_da, b_dat = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BT], tl.float32)
     b_dq, b_dk = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32)
     b_kept = tl.zeros([BK], tl.float32)
-    for i_v in range(tl.cdiv(V, BV)):
+    for i_v in tl.static_range((V + BV - 1) // BV):  # no loop, or reads of sums between products serialise these
         o_v = i_v * BV + tl.arange(0, BV)
         m_v = m_t[:, None] & (o_v < V)[None, :]
         m_s = (o_v < V)[:, None] & m_k[None, :]
@@ -199,18 +200,21 @@ def gradient_kernel(
         else:
             b_dg = cumsum(b_q.to(tl.float32) * b_dq - b_k.to(tl.float32) * b_dk, True, BT, FAST, PART)
             b_dg += b_at_end[None, :]
-            _, _, b_g = key_and_decay(
+            b_z, _, b_g = key_and_decay(
                 k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, FAST
             )  # fmt: skip
             b_half = tl.load(half + place * K + o_k, mask=m_k, other=0.0)
-            b_after = tl.where((o_t == 0)[:, None], 0.0, b_g.to(half.dtype.element_ty))
-            b_offset = cumsum(b_after, False, BT, FAST, PART) + b_half[None, :]
+            b_offset, b_same = after_first(b_g.to(half.dtype.element_ty), BT, FAST, PART, DECAY == 3)
+            b_offset += b_half[None, :]
         b_dq *= exp(b_offset, FAST) * scale
         b_dk *= exp(-b_offset, FAST)
         tl.store(dq + base + o_x, b_dq.to(dq.dtype.element_ty), mask=mask)
         if DECAY == 3:
-            b_z = tl.load(gate + base + o_x, mask=mask, other=0.0).to(tl.float32)
-            b_dz = (b_dg - exp(b_g, FAST) * b_dk) * sigmoid(-b_z, FAST) * (1 / tau)
+            if FAST == 0:
+                b_away = sigmoid(-b_z, FAST)
+            else:
+                b_away = 1 - exp(b_same * tau, FAST)
+            b_dz = (b_dg - exp(b_same, FAST) * b_dk) * b_away * (1 / tau)
             tl.store(d_gate + base + o_x, b_dz.to(d_gate.dtype.element_ty), mask=mask)
         else:
             tl.store(dk + base + o_x, b_dk.to(dk.dtype.element_ty), mask=mask)

@@ -116,6 +116,19 @@ def key_and_decay(
 
 
 @triton.jit
+def parts(x, FAST: tl.constexpr, PART: tl.constexpr):
+    """Two numbers of `PART` that add up to each of x."""
+    if FAST == 2:  # rounded as integers: conversions of single numbers take as long as exponentials
+        bits = x.to(tl.uint32, bitcast=True) + 0x8000
+        large = (bits >> 16).to(tl.uint16).to(PART, bitcast=True)
+        rest = x - (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        large = x.to(PART)
+        rest = x - large.to(tl.float32)
+    return large, rest.to(PART)
+
+
+@triton.jit
 def cumsum(
     x, REVERSE: tl.constexpr, BT: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr, OTHERS: tl.constexpr = False
 ):  # fmt: skip
@@ -129,9 +142,28 @@ def cumsum(
         ones = o_t[:, None] <= o_t[None, :] if REVERSE else o_t[:, None] >= o_t[None, :]
         if OTHERS:
             ones &= o_t[:, None] != o_t[None, :]
-        ones, large = ones.to(PART), x.to(PART)
-        total = tl.dot(ones, large) + tl.dot(ones, (x - large.to(tl.float32)).to(PART))
+        large, small = parts(x, FAST, PART)
+        total = tl.dot(ones.to(PART), large) + tl.dot(ones.to(PART), small)
     return total
+
+
+@triton.jit
+def after_first(x, BT: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr, AGAIN: tl.constexpr):
+    """Sums down the rows without the first of all; with `AGAIN` x too, where products leave their results.
+
+    Layouts are why: what is computed from the one and the other would be computed once for each of two layouts.
+    """
+    o_t = tl.arange(0, BT)
+    if FAST == 0:
+        total = tl.cumsum(tl.where((o_t == 0)[:, None], 0.0, x), axis=0)
+    else:
+        large, small = parts(x, FAST, PART)
+        ones = ((o_t[:, None] >= o_t[None, :]) & (o_t > 0)[None, :]).to(PART)
+        total = tl.dot(ones, large) + tl.dot(ones, small)
+        if AGAIN:
+            same = (o_t[:, None] == o_t[None, :]).to(PART)
+            x = tl.dot(same, large) + tl.dot(same, small)
+    return total, x
 
 
 @triton.jit
@@ -169,10 +201,6 @@ def prepare_kernel(
     o_x = o_t[:, None] * (H * K) + o_k[None, :]
     b_q = tl.load(q + row * K + o_x, mask=mask, other=0.0).to(tl.float32)
     _, b_k, b_g = key_and_decay(k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, FAST)
-    if AUGMENT:
-        b_w = tl.load(weight + i_h * K + o_k, mask=o_k < K, other=0.0).to(tl.float32)
-        tl.store(u + row + o_t * H, tl.sum(b_q * b_k * b_w[None, :], axis=1), mask=m_t)
-    b_q *= scale
     if DECAY != 0:
         b_g = b_g.to(half.dtype.element_ty)
         # Read again, the first row takes less time than to be found among those of all threads.
@@ -181,8 +209,7 @@ def prepare_kernel(
             k, gate, row, once, o_k[None, :], once == 0, (o_k < K)[None, :], tau, H, K, DECAY, FAST
         )  # fmt: skip
         b_first = tl.sum(b_first.to(half.dtype.element_ty), axis=0)
-        b_after = tl.where((o_t == 0)[:, None], 0.0, b_g)
-        b_half = -0.5 * tl.sum(b_after, axis=0)
+        b_half = -0.5 * tl.sum(tl.where((o_t == 0)[:, None], 0.0, b_g), axis=0)
         b_centre, b_start = b_first - b_half, b_half
         if DECAY == 1:  # where nothing is lost, keys stay as they are instead
             b_shift = tl.where(b_half > 0, tl.floor(b_centre * LOG2E + 0.5) * LN2 - b_centre, 0.0)
@@ -190,11 +217,19 @@ def prepare_kernel(
         p_c = (i_c.to(tl.int64) * H + i_h) * K + o_k
         tl.store(centre + p_c, b_centre, mask=o_k < K)
         tl.store(half + p_c, b_half, mask=o_k < K)
+        b_offset, b_same = after_first(b_g, BT, FAST, PART, DECAY == 3)
+        if DECAY == 3 and FAST != 0:
+            b_k = 1 - exp(b_same, FAST)
+    if AUGMENT:
+        b_w = tl.load(weight + i_h * K + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+        tl.store(u + row + o_t * H, tl.sum(b_q * b_k * b_w[None, :], axis=1), mask=m_t)
+    b_q *= scale
+    if DECAY != 0:
         if tl.max(b_half, axis=0) > LIMIT:  # exponents from the chunk's edges, both <= 0
             b_q *= exp(cumsum(b_g, False, BT, FAST, PART), FAST)
             b_k *= exp(cumsum(b_g, True, BT, FAST, PART, True), FAST)
         else:
-            b_offset = cumsum(b_after, False, BT, FAST, PART) + b_start[None, :]
+            b_offset += b_start[None, :]
             b_q *= exp(b_offset, FAST)
             b_k *= exp(-b_offset, FAST)
     tl.store(q_tilde + row * K + o_x, b_q.to(q_tilde.dtype.element_ty), mask=mask)
