@@ -10,15 +10,19 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 from farspan.ops import (
+    collinear_attention,
     cosine_attention,
+    dilated_attention,
+    dynamic_mask_attention,
     gated_linear_attention,
     metala_attention,
     short_convolution,
+    softmax_attention,
     state_space_duality,
 )
 from farspan.ops.gated_linear import torch as chunked
 from tests import tolerances
-from tests.ops.checks import assert_same, boundaries, outputs_and_gradients
+from tests.ops.checks import assert_close, assert_same, boundaries, outputs_and_gradients
 
 LENGTHS = [30, 0, 1, 39]
 CASES = {
@@ -75,6 +79,113 @@ def test_one_node_forward_and_one_backward(name: str, packed: bool) -> None:
     run, seen = compiled(call)
     assert_same(outputs_and_gradients(run, x), outputs_and_gradients(call, x), tolerances.FLOAT32)
     assert [len(nodes) for nodes in seen] == [1, 1]
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 100}, {"block_size": 8}, {"select": "relu"}], ids=str)
+def test_selections_among_many_keys_are_one_graph(options: dict[str, Any]) -> None:
+    """Too many for the definition."""
+    shapes = {"q": (1, 140, 2, 4), "k": (1, 140, 1, 4), "v": (1, 140, 1, 4), "bias": (1, 140, 1)}
+    x = {name: torch.randn(shape) for name, shape in shapes.items()}
+    cu_seqlens = None if "block_size" in options else boundaries([40, 0, 30, 70])
+
+    def call(**tensors: Tensor) -> tuple[Tensor, Tensor]:
+        out = dynamic_mask_attention(**tensors, keep=25, cu_seqlens=cu_seqlens, **options)
+        return out, out[:, :1]
+
+    run, seen = compiled(call)
+    assert_same(outputs_and_gradients(run, x), outputs_and_gradients(call, x), tolerances.FLOAT32)
+    assert len(seen) == 2 and any("dynamic_mask_thresholds" in node or "softmax" in node for node in seen[0])
+
+
+ROTATION = {name: torch.rand(1, sum(LENGTHS), 3) for name in ("cos", "sin")}
+PATTERNS: dict[str, Any] = {"segment_lengths": [8, 16], "dilations": [1, 3]}
+RATES = {"frequencies": torch.rand(3), "growth": torch.rand(3) / 50}
+PACKED: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "softmax_attention": (softmax_attention, {}),
+    "softmax_attention in a window": (softmax_attention, {"window": 7}),
+    "collinear_attention": (collinear_attention, ROTATION),
+    "dilated_attention": (dilated_attention, PATTERNS),
+    "dilated_attention both ways": (dilated_attention, PATTERNS | {"causal": False, "pad_mode": "zero_keys"}),
+    "dilated_attention with a bias": (dilated_attention, PATTERNS | {"distance_bias": torch.randn(4, 77)}),
+    "dilated_attention with rotations": (dilated_attention, PATTERNS | RATES),
+}
+
+
+def attended(op: Callable[..., Any]) -> dict[str, Tensor]:
+    """Queries, keys or coefficients, and values of packed documents."""
+    key, width = ("t", 3) if op is collinear_attention else ("k", 6)
+    length = sum(LENGTHS)
+    shapes = {"q": (1, length, 4, 6), key: (1, length, 2, width), "v": (1, length, 2, 6)}
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_attention_within_documents_is_one_node_and_its_gradient(case: str) -> None:
+    op, options = PACKED[case]
+    fixed = {name: value for name, value in options.items() if name != "distance_bias"}
+    x = attended(op) | {name: value for name, value in options.items() if name not in fixed}
+
+    def call(**tensors: Tensor) -> tuple[Tensor, Tensor]:
+        out = op(**tensors, **fixed, cu_seqlens=boundaries(LENGTHS))
+        return out, out[:, :1]
+
+    run, seen = compiled(call)
+    assert_same(outputs_and_gradients(run, x), outputs_and_gradients(call, x), tolerances.FLOAT32)
+    assert [len(nodes) for nodes in seen] == [1, 1]
+
+
+def test_boundaries_may_vary_without_new_graphs() -> None:
+    x = attended(softmax_attention)
+
+    def call(cu_seqlens: Tensor) -> Tensor:
+        return softmax_attention(**x, cu_seqlens=cu_seqlens)
+
+    run, seen = compiled(call)
+    for lengths in (LENGTHS, [0, 20, 50, 0], [70, 0, 0, 0]):
+        assert_close(run(boundaries(lengths)), call(boundaries(lengths)), tolerances.FLOAT32)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("op", [softmax_attention, dilated_attention])
+def test_dropout_of_a_node_and_of_its_gradient_is_the_same(op: Callable[..., Any]) -> None:
+    """Outputs are linear in v, so that Σ dv·v = Σ do·o if and only if the same weights were dropped."""
+    x = attended(op)
+    v = x.pop("v").requires_grad_()
+
+    def call(v: Tensor) -> Tensor:
+        options = PATTERNS if op is dilated_attention else {}
+        out: Tensor = op(**x, v=v, **options, dropout=0.5, cu_seqlens=boundaries(LENGTHS))
+        return out
+
+    run, _ = compiled(call)
+    first, second = run(v), run(v)
+    weight = torch.randn_like(first)
+    (dv,) = torch.autograd.grad(first, v, weight)
+    assert_close((dv * v).sum(), (first * weight).sum(), tolerances.FLOAT32)
+    assert not torch.allclose(first, second)
+
+
+def test_nodes_of_documents_compute_what_autocast_asks_for() -> None:
+    x, cu_seqlens = attended(softmax_attention), boundaries(LENGTHS)
+
+    def call() -> Tensor:
+        return softmax_attention(**x, cu_seqlens=cu_seqlens)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, want = compiled(call)[0](), call()
+    assert got.dtype == want.dtype == torch.bfloat16
+    assert_close(got, want, tolerances.BFLOAT16)
+
+
+def test_nodes_of_documents_are_registered_as_pytorch_wants_them() -> None:
+    x = attended(softmax_attention)
+    tensors = [tensor.requires_grad_(name != "k") for name, tensor in x.items()]
+    options = (0.5, True, None, 0.0)
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    grad, node = torch.randn_like(x["q"]), torch.ops.farspan.softmax_packed.default
+    torch.library.opcheck(node, (tensors, boundaries(LENGTHS), None, *options), test_utils=utilities)
+    given = (grad, tensors, boundaries(LENGTHS), None, [True, False, True], *options)
+    torch.library.opcheck(torch.ops.farspan.softmax_packed_gradient.default, given, test_utils=utilities)
 
 
 def test_packed_documents_that_look_both_ways_are_one_graph() -> None:

@@ -396,14 +396,16 @@ def test_bad_calls(change: dict, error: type[Exception], words: str) -> None:
 
 def test_kernels_turn_positions_where_segments_lie_in_the_longest() -> None:
     settings = DilatedSettings(((4, 1), (6, 2)), frequencies=torch.ones(2), growth=torch.ones(2))
-    assert option_limits(settings, [(0, 6), (6, 7)], torch.float32) is None
-    assert "divide the longest" in str(option_limits(settings, [(0, 6), (6, 13)], torch.float32))
+    q = torch.zeros(1, 13, 1, 4)
+    assert option_limits(q, settings, boundaries([6, 6, 1])) is None
+    assert "divide the longest" in str(option_limits(q, settings, boundaries([6, 7])))
 
 
 @pytest.mark.parametrize(("growth", "serves"), [(-2.0, True), (2.1, False)])
 def test_kernels_turn_float16_where_it_can_hold_the_growth(growth: float, serves: bool) -> None:
     settings = DilatedSettings(((6, 1),), frequencies=torch.ones(2), growth=torch.tensor([0.0, growth]))
-    reasons = [option_limits(settings, [(0, 90)], dtype) for dtype in (torch.bfloat16, torch.float16)]
+    dtypes = torch.bfloat16, torch.float16
+    reasons = [option_limits(torch.zeros(1, 90, 1, 4, dtype=dtype), settings, None) for dtype in dtypes]
     assert reasons[0] is None and (reasons[1] is None) == serves
 
 

@@ -53,7 +53,7 @@ def compare(tensors: list[Tensor], patterns: list[tuple[int, int]], **options: o
     )
     settings = DilatedSettings(tuple(patterns), scale=tensors[0].shape[-1] ** -0.5, **options)
     got = results(
-        lambda q, k, v: kernels.dilated_attention_triton(q, k, v, settings, [(0, q.shape[1])]),
+        lambda q, k, v: kernels.dilated_attention_triton(q, k, v, settings),
         [x.float() for x in tensors],
     )
     for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
@@ -77,7 +77,7 @@ def test_what_is_launched_has_been_compiled_ahead(case: str, monkeypatch: pytest
     rehearsed, launched = rehearsed_and_launched(kernels, monkeypatch)
     settings = DilatedSettings(tuple(patterns), head_offset="mod")
     leaves = [x.float().requires_grad_() for x in make(length, heads, batch)]
-    kernels.dilated_attention_triton(*leaves, settings, [(0, length)]).sum().backward()
+    kernels.dilated_attention_triton(*leaves, settings).sum().backward()
     assert launched, "nothing was launched"
     assert launched <= rehearsed, sorted(str(x) for x in launched - rehearsed)
 
@@ -127,4 +127,4 @@ def test_shared_key_heads_match_reference() -> None:
 
 def test_nothing_in_nothing_out() -> None:
     q = torch.zeros(2, 0, 3, 8)
-    assert kernels.dilated_attention_triton(q, q, q, DilatedSettings(((4, 1),)), [(0, 0)]).shape == q.shape
+    assert kernels.dilated_attention_triton(q, q, q, DilatedSettings(((4, 1),))).shape == q.shape

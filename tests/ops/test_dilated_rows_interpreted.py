@@ -1,7 +1,5 @@
 """The kernels of dilated attention that read rows in place, in Triton's interpreter."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch import Tensor
@@ -50,8 +48,7 @@ def compare(
     """Outputs and all gradients, of the bias too, against the formula in float64."""
     segments, dilations = (list(numbers) for numbers in zip(*patterns, strict=True))
     bounds = [0, tensors[0].shape[1]] if bounds is None else bounds
-    spans = list(pairwise(bounds))
-    packed = torch.tensor(bounds, dtype=torch.int32) if len(spans) > 1 else None
+    packed = torch.tensor(bounds, dtype=torch.int32) if len(bounds) > 2 else None
     tensors = [x.to(dtype) for x in tensors]
 
     def reference(q: Tensor, k: Tensor, v: Tensor, distance_bias: Tensor | None = None) -> Tensor:
@@ -60,7 +57,7 @@ def compare(
 
     def by_kernels(q: Tensor, k: Tensor, v: Tensor, distance_bias: Tensor | None = None) -> Tensor:
         settings = DilatedSettings(tuple(patterns), scale=q.shape[-1] ** -0.5, distance_bias=distance_bias, **options)
-        return kernels.dilated_attention_triton(q, k, v, settings, spans)
+        return kernels.dilated_attention_triton(q, k, v, settings, packed)
 
     def results(call: object, leaves: list[Tensor]) -> list[Tensor]:
         leaves = [x.detach().clone().requires_grad_() for x in leaves]
@@ -127,9 +124,26 @@ def test_sums_without_a_key_are_zero() -> None:
     bias = torch.full((2, 39), float("-inf"))
     settings = DilatedSettings(((8, 1), (20, 2)), distance_bias=bias)
     q.requires_grad_()
-    out = kernels.dilated_attention_triton(q, k, v, settings, [(0, 20)])
+    out = kernels.dilated_attention_triton(q, k, v, settings)
     (dq,) = torch.autograd.grad(out.sum(), q)
     assert not out.any() and not dq.any()
+
+
+def test_compiled_call_on_packed_documents_is_one_graph() -> None:
+    frequencies, growth = xpos_rates(6, 64, 40)
+    settings = DilatedSettings(((5, 2), (15, 1)), frequencies=frequencies, growth=growth)
+    tensors, cu_seqlens = make(40, 2, 1), torch.tensor([0, 7, 7, 40], dtype=torch.int32)
+
+    def call(*tensors: Tensor) -> Tensor:
+        return kernels.dilated_attention_triton(*tensors, settings, cu_seqlens)
+
+    results = []
+    for form in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        leaves = [x.float().requires_grad_() for x in tensors]
+        out = form(*leaves)
+        results.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want, tolerances.FLOAT32)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -142,7 +156,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(
     bias = torch.randn(2, 89).requires_grad_() if biased else None
     leaves = [x.float().requires_grad_() for x in make(45, 2, 1)]
     settings = DilatedSettings(tuple(patterns), distance_bias=bias, detach_mixture_weights=detach)
-    out = kernels.dilated_attention_triton(*leaves, settings, [(0, 45)])
+    out = kernels.dilated_attention_triton(*leaves, settings)
     torch.autograd.grad(out.sum(), [*leaves, *([] if bias is None else [bias])])
     assert rehearsed == launched
     assert launched

@@ -98,11 +98,12 @@ def from_position_ids(position_ids: Tensor) -> Tensor:
     return torch.cat([flat.new_zeros(1), inside, ends]).to(torch.int32)
 
 
-def position_ids(cu_seqlens: Tensor) -> Tensor:
+def position_ids(cu_seqlens: Tensor, length: int | None = None) -> Tensor:
     """Positions of all packed tokens, restarting at 0 in each sequence.
 
     Args:
         cu_seqlens: `[num_seqs + 1]` int32.
+        length: N; with it no value is read.
 
     Returns:
         `[N]` int64.
@@ -113,7 +114,7 @@ def position_ids(cu_seqlens: Tensor) -> Tensor:
     """
     starts = cu_seqlens[:-1].long()
     lengths = cu_seqlens[1:].long() - starts
-    total = boundaries(cu_seqlens)[-1]
+    total = boundaries(cu_seqlens)[-1] if length is None else length
     return torch.arange(total, device=cu_seqlens.device) - starts.repeat_interleave(lengths, output_size=total)
 
 

@@ -5,11 +5,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from farspan.errors import ConfigError, ShapeError
-from farspan.ops import varlen
 from farspan.ops._backend import register, resolve
 from farspan.ops._contract import Contract
 from farspan.ops.dilated.limits import kernel_limits, option_limits
-from farspan.ops.dilated.patterns import OFFSET_RULES, PAD_MODES, DilatedSettings
+from farspan.ops.dilated.patterns import OFFSET_RULES, PAD_MODES, DilatedSettings, sequences
 from farspan.ops.dilated.reference import dilated_attention_reference
 from farspan.ops.dilated.torch import dilated_attention_strided
 
@@ -102,7 +101,8 @@ def dilated_attention(
     Cost:
         O(T·Σ w_i/r_i²) time per head. Kept for backward: q, k, v, the output and one float per row and head. Outside
         the kernels, with dropout, `detach_mixture_weights`, a `distance_bias` that needs a gradient, or V ≠ K: also the
-        weights, O(T·Σ w_i/r_i²), and a bias takes (w/r)² numbers per head at a time.
+        weights, O(T·Σ w_i/r_i²), and a bias takes (w/r)² numbers per head at a time. Under torch.compile packed
+        documents are one node; outside the kernels its backward pass computes the output again.
 
     Note:
         torchscale fills the last segment, and every segment whose length r does not divide, with rows of zeros: keys
@@ -144,10 +144,10 @@ def dilated_attention(
         contract.bind("K/2", sizes["K"] // 2, "q")
         contract.tensor("frequencies", frequencies, "K/2")
         contract.tensor("growth", growth, "K/2")
-    spans = [(0, sizes["T"])] if cu_seqlens is None else varlen.spans(cu_seqlens)
     if distance_bias is not None:
         contract.tensor("distance_bias", distance_bias, "H R")
-        reach = min(max(segment_lengths), max([end - start for start, end in spans], default=0))
+        longest = max([end - start for start, end in sequences(cu_seqlens, sizes["T"])], default=0)
+        reach = min(max(segment_lengths), longest)
         if sizes["R"] % 2 == 0 or sizes["R"] < 2 * reach - 1:
             raise ShapeError(
                 f"dilated_attention: distance_bias has {sizes['R']} distances; expected an odd number of at least "
@@ -165,6 +165,6 @@ def dilated_attention(
         frequencies=frequencies,
         growth=growth,
     )
-    beyond_kernels = option_limits(settings, spans, q.dtype)
+    beyond_kernels = option_limits(q, settings, cu_seqlens)
     implementation = resolve("dilated_attention", backend, (q, k, v), beyond_kernels=beyond_kernels)
-    return implementation(q, k, v, settings, spans)
+    return implementation(q, k, v, settings, cu_seqlens)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from farspan.ops.dilated.patterns import DilatedSettings, Span
+from farspan.ops.dilated.patterns import DilatedSettings, sequences
 
 # Channels of a head in 16 bit and in float32.
 WIDEST, WIDEST_FLOAT32 = 128, 64
@@ -22,17 +22,19 @@ def kernel_limits(tensors: Sequence[Tensor]) -> str | None:
     return f"its kernels take head sizes up to {widest} in this dtype, not {width}" if width > widest else None
 
 
-def option_limits(settings: DilatedSettings, spans: Sequence[Span], dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot serve these options for queries of this dtype; None if they can."""
+def option_limits(q: Tensor, settings: DilatedSettings, cu_seqlens: Tensor | None) -> str | None:
+    """Why the kernels cannot serve these options for these queries; None if they can."""
+    spans = sequences(cu_seqlens, q.shape[1])
     if settings.dropout:
         return "its kernels have no dropout"
     if settings.growth is not None:
         window = settings.window(spans)
         if window is None:
             return "its kernels turn positions by segments that divide the longest alone"
-        if dtype == torch.float16 and not _fits_float16(settings.growth, window):
+        if q.dtype == torch.float16 and not _fits_float16(settings.growth, window):
             return "its kernels turn queries and keys in their dtype, and positions outgrow float16"
-    return "its kernels fill no segments with zeros" if settings.filling(spans) else None
+    unknown = settings.zero_keys and cu_seqlens is not None and torch.compiler.is_compiling()
+    return "its kernels fill no segments with zeros" if unknown or settings.filling(spans) else None
 
 
 def _fits_float16(growth: Tensor, window: int) -> bool:
@@ -40,7 +42,7 @@ def _fits_float16(growth: Tensor, window: int) -> bool:
     return not torch.compiler.is_compiling() and float(growth.abs().max()) * window / 2 <= LARGEST_FLOAT16
 
 
-def cudnn_serves(q: Tensor, v: Tensor, settings: DilatedSettings, spans: Sequence[Span]) -> bool:
+def cudnn_serves(q: Tensor, v: Tensor, settings: DilatedSettings, cu_seqlens: Tensor | None) -> bool:
     """Whether cuDNN takes these queries and values of one dtype: 16 bit, K = V, no bias, no packed documents."""
     fitting = q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0
-    return fitting and settings.distance_bias is None and len(spans) == 1
+    return fitting and settings.distance_bias is None and (cu_seqlens is None or len(cu_seqlens) == 2)

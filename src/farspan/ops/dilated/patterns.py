@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farspan.ops import varlen
 from farspan.ops.dilated.rotation import rotation_table
 
 OFFSET_RULES = ("mod", "block", "none")
@@ -126,6 +127,13 @@ class Piece:
             return self.view(x.expand(-1, -1, heads, -1))
         index = torch.tensor(self.key_heads(heads, groups), device=x.device)
         return self.all_heads(x).index_select(3, index)
+
+
+def sequences(cu_seqlens: Tensor | None, length: int) -> list[Span]:
+    """Where the sequences of a row start and end; to a compiled graph, which knows no boundaries, a row is one."""
+    if cu_seqlens is None or torch.compiler.is_compiling():
+        return [(0, length)]
+    return varlen.spans(cu_seqlens)
 
 
 def ceil_div(number: int, divisor: int) -> int:

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from farspan.ops._contract import compute_dtype
-from farspan.ops.dilated.patterns import DilatedSettings, Span, ceil_div, fill, head_offsets
+from farspan.ops.dilated.patterns import DilatedSettings, Span, ceil_div, fill, head_offsets, sequences
 from farspan.ops.dilated.rotation import rotate
 
 PatternOutputs = Callable[[Tensor, Tensor, Tensor, DilatedSettings, Sequence[Span]], tuple[Tensor, Tensor]]
 
 
 def dilated_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, spans: Sequence[Span]
+    q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """See `dilated_attention`; O(P·T²) memory for P patterns."""
-    outs, lses = with_zero_keys(pattern_outputs, q, k, v, settings, spans)
+    outs, lses = with_zero_keys(pattern_outputs, q, k, v, settings, sequences(cu_seqlens, q.shape[1]))
     return mixture(outs, lses, settings.detach_mixture_weights).to(v.dtype)
 
 

@@ -5,12 +5,14 @@ head. Sums over patterns are formed in float32; backward needs q, k, v, the outp
 """
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from farspan.ops import varlen
 from farspan.ops._contract import plain_backward
 from farspan.ops._launch import Constants, compile_ahead, launch
 from farspan.ops._library import register_node
@@ -102,6 +104,12 @@ def _constants(
     if exact is not None:
         options["EXACT"] = exact and not wide
     return Constants(K=key_width, V=value_width, **widths, **blocks, **options)
+
+
+def _bounds(tokens: int, batch: int, cu_seqlens: Tensor | None) -> tuple[int, ...]:
+    """Where sequences start and end in turn, rows of the batch laid end to end; empty ones left out."""
+    ends = range(0, tokens + 1, tokens // batch) if cu_seqlens is None else varlen.boundaries(cu_seqlens)
+    return tuple(place for span in itertools.pairwise(ends) if span[0] < span[1] for place in span)
 
 
 class _Pattern(NamedTuple):
@@ -199,10 +207,10 @@ class _Call(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, v: Tensor, bias: Tensor | None, *arguments: Any) -> "_Call":
-        bounds, segments, dilations, rule, causal, scale = arguments
+        cu_seqlens, batch, segments, dilations, rule, causal, scale = arguments
         patterns = tuple(zip(segments, dilations, strict=True))
         settings = DilatedSettings(patterns, rule, causal, scale, distance_bias=bias)
-        return cls(settings, tuple(bounds), q.shape[1], q.shape[2], v.shape[2], q.dtype, q.device)
+        return cls(settings, _bounds(len(q), batch, cu_seqlens), q.shape[1], q.shape[2], v.shape[2], q.dtype, q.device)
 
     @property
     def rule(self) -> str:
@@ -246,10 +254,19 @@ class _Call(NamedTuple):
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Any, detach: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        cu_seqlens: Tensor | None,
+        options: Any,
+        detach: bool,
+    ) -> Tensor:
         learnt = ctx.needs_input_grad[3]
-        out, exact, total = forward_node(q, k, v, bias, *options, learnt)
-        ctx.save_for_backward(q, k, v, exact if learnt else out, total, bias)
+        out, exact, total = forward_node(q, k, v, bias, cu_seqlens, *options, learnt)
+        ctx.save_for_backward(q, k, v, exact if learnt else out, total, bias, cu_seqlens)
         ctx.options, ctx.detach = options, detach
         return out
 
@@ -258,16 +275,13 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, learnt = ctx.saved_tensors, ctx.needs_input_grad[3]
         *gradients, d_bias = backward_node(grad.contiguous(), *saved, *ctx.options, ctx.detach, learnt)
-        return (*gradients, d_bias.to(saved[-1].dtype) if learnt else None, None, None)
+        return (*gradients, d_bias.to(saved[-2].dtype) if learnt else None, None, None, None)
 
 
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, bounds: list[int]) -> Tensor:
-    """Dilated attention of contiguous q, k, v with equally many heads and one dtype.
-
-    `bounds` are the tokens at which sequences start and end in turn, rows laid end to end.
-    """
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, cu_seqlens: Tensor | None) -> Tensor:
+    """Dilated attention of contiguous q, k, v with equally many heads and one dtype."""
     segments, dilations = (list(numbers) for numbers in zip(*settings.patterns, strict=True))
-    options = (bounds, segments, dilations, settings.head_offset, settings.causal, float(settings.scale))
+    options = (len(q), segments, dilations, settings.head_offset, settings.causal, float(settings.scale))
     flat, bias, detach = [x.flatten(0, 1) for x in (q, k, v)], settings.distance_bias, settings.detach_mixture_weights
     if not torch.compiler.is_compiling():
         learnt = bias is not None and bias.requires_grad and torch.is_grad_enabled()
@@ -275,7 +289,7 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, boun
         forms = len(segments) > 1, settings.causal, detach, trains, learnt
         key = q.device, q.dtype, q.shape[3], v.shape[3], None if bias is None else bias.dtype
         compile_ahead(("dilated rows", *forms, *key), functools.partial(_rehearse, flat, bias, *forms))
-    out: Tensor = _Rows.apply(*flat, bias, options, detach)
+    out: Tensor = _Rows.apply(*flat, bias, cu_seqlens, options, detach)
     return out.unflatten(0, q.shape[:2])
 
 
@@ -287,7 +301,7 @@ def _rehearse(
     q, k, v = (x.new_zeros(length, *x.shape[1:]) for x in flat)
     bias = None if bias is None else bias.new_zeros(len(bias), 2 * length - 1)
     patterns = 2 if several else 1
-    options = [0, length], [length] * patterns, [1] * patterns, "none", causal, 1.0
+    options = None, 1, [length] * patterns, [1] * patterns, "none", causal, 1.0
     out, exact, total = _forward(q, k, v, bias, *options, learnt)
     if trains:
         _backward(out, q, k, v, exact if learnt else out, total, bias, *options, detach, learnt)
@@ -340,7 +354,10 @@ def _gradient_shapes(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), d_bias
 
 
-_OPTIONS = "Tensor? bias, int[] bounds, int[] segments, int[] dilations, str rule, bool causal, float scale"
+_OPTIONS = (
+    "Tensor? bias, Tensor? cu_seqlens, SymInt batch, int[] segments, int[] dilations, str rule, bool causal, "
+    "float scale"
+)
 forward_node = register_node(
     f"dilated_rows(Tensor q, Tensor k, Tensor v, {_OPTIONS}, bool learnt) -> (Tensor out, Tensor exact, Tensor total)",
     _forward,

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farspan.ops import varlen
 from farspan.ops._contract import compute_dtype, plain_backward, without_autocast
-from farspan.ops.dilated.patterns import DilatedSettings, Piece, Span, pieces
+from farspan.ops._library import register_recomputed
+from farspan.ops.dilated.patterns import DilatedSettings, Piece, Span, pieces, sequences
 from farspan.ops.dilated.reference import attend, mixture, with_zero_keys
 from farspan.ops.dilated.rotation import rotate
 
@@ -23,15 +25,40 @@ Rows = tuple[Tensor, Tensor, Tensor]
 
 
 def dilated_attention_strided(
-    q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, spans: Sequence[Span]
+    q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """See `dilated_attention`."""
     with without_autocast(q):
-        constant_mixture = settings.detach_mixture_weights and len(settings.patterns) > 1 and _needs_grad(q, k, v)
-        if _kernel_serves(q, v, settings) and not settings.filling(spans) and not constant_mixture:
-            return _SharedSoftmax.apply(q, k, v, settings, spans)
-        outs, lses = with_zero_keys(_by_pattern, q, k, v, settings, spans)
-        return mixture(outs, lses, settings.detach_mixture_weights).to(v.dtype)
+        if cu_seqlens is None or not torch.compiler.is_compiling():
+            return _attend(q, k, v, settings, sequences(cu_seqlens, q.shape[1]))
+        s = settings
+        segments, dilations = (list(numbers) for numbers in zip(*s.patterns, strict=True))
+        options = s.head_offset, s.causal, float(s.scale), float(s.dropout), s.detach_mixture_weights, s.zero_keys
+        tensors = q, k, v, s.distance_bias, s.frequencies, s.growth
+        return _packed_node(tensors, cu_seqlens, segments, dilations, *options, random=s.dropout > 0)
+
+
+def _packed(
+    tensors: Sequence[Tensor], cu_seqlens: Tensor, segments: Sequence[int], dilations: Sequence[int], *options: Any
+) -> Tensor:
+    q, k, v, *more = tensors
+    settings = DilatedSettings(tuple(zip(segments, dilations, strict=True)), *options, *more)
+    return _attend(q, k, v, settings, varlen.spans(cu_seqlens))
+
+
+_packed_node = register_recomputed(
+    "dilated_packed",
+    "int[] segments, int[] dilations, str rule, bool causal, float scale, float dropout, bool detach, bool zero_keys",
+    _packed,
+)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, spans: Sequence[Span]) -> Tensor:
+    constant_mixture = settings.detach_mixture_weights and len(settings.patterns) > 1 and _needs_grad(q, k, v)
+    if _kernel_serves(q, v, settings) and not settings.filling(spans) and not constant_mixture:
+        return _SharedSoftmax.apply(q, k, v, settings, spans)
+    outs, lses = with_zero_keys(_by_pattern, q, k, v, settings, spans)
+    return mixture(outs, lses, settings.detach_mixture_weights).to(v.dtype)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

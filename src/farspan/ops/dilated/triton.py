@@ -8,7 +8,6 @@ are joined stretch by stretch, which bounds what they take in between.
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,14 +16,14 @@ import torch
 import triton
 from torch import Tensor
 
+from farspan.ops import varlen
 from farspan.ops._contract import plain_backward, without_autocast
 from farspan.ops._launch import Constants, compile_ahead, launch
 from farspan.ops._library import register_node
 from farspan.ops.dilated import cudnn, kernels
 from farspan.ops.dilated.boxes import NUMBERS, WORD, Box, boxes, runs, stretches, table
 from farspan.ops.dilated.limits import cudnn_serves
-from farspan.ops.dilated.live import on_device
-from farspan.ops.dilated.patterns import DilatedSettings, Span
+from farspan.ops.dilated.patterns import DilatedSettings, sequences
 from farspan.ops.dilated.rotation import turn_factors, turn_pair
 from farspan.ops.dilated.rows import attend_rows
 from farspan.ops.dilated.streams import release, side_by_side
@@ -37,7 +36,7 @@ BLOCK = 64
 
 
 def dilated_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, spans: Sequence[Span]
+    q: Tensor, k: Tensor, v: Tensor, settings: DilatedSettings, cu_seqlens: Tensor | None = None
 ) -> Tensor:
     """See `dilated_attention`; serves what the limits let pass."""
     if q.numel() == 0 or v.numel() == 0:
@@ -46,26 +45,18 @@ def dilated_attention_triton(
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     with without_autocast(q):
         q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
-        bounds = [
-            row * q.shape[1] + place for row in range(len(q)) for span in spans if span[0] < span[1] for place in span
-        ]
-        window = settings.window(spans)
+        window = settings.window(sequences(cu_seqlens, q.shape[1]))
         if settings.frequencies is not None and settings.growth is not None and window is not None:
-            places = _counted(bounds, q.device).view(q.shape[:2])
+            places = torch.arange(q.shape[1], device=q.device).expand(q.shape[:2])
+            if cu_seqlens is not None:
+                places = varlen.position_ids(cu_seqlens, q.shape[1]).view(q.shape[:2])
             q, k = turn_pair(q, k, *turn_factors(places, window, settings.frequencies, settings.growth))
         k, v = (x if group == 1 else x.repeat_interleave(group, dim=2) for x in (k, v))
-        if cudnn_serves(q, v, settings, spans):
+        if cudnn_serves(q, v, settings, cu_seqlens):
             out: Tensor = _Boxes.apply(q, k, v, settings)
         else:
-            out = attend_rows(q, k, v, settings, bounds)
+            out = attend_rows(q, k, v, settings, cu_seqlens)
         return out.to(kept)
-
-
-def _counted(bounds: list[int], device: torch.device) -> Tensor:
-    """Of every token its place in its sequence, where they start and end in turn at `bounds`, `[N]`."""
-    starts, ends = on_device(tuple(bounds), device).view(-1, 2).unbind(1)
-    index = torch.arange(bounds[-1], device=device)
-    return index - starts.repeat_interleave(ends - starts, output_size=bounds[-1])
 
 
 class _Boxes(torch.autograd.Function):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from farspan.ops import varlen
+from farspan.ops._library import register_node
 
 
 def expiry(bias: Tensor, keep: int, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -161,7 +162,7 @@ def order_of(bias: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
     rows = bias.detach().transpose(1, 2).contiguous().view(batch * heads, length)
     order = rows.argsort(dim=1, stable=True)
     if cu_seqlens is not None:
-        document = varlen.sequence_ids(cu_seqlens)[order]
+        document = varlen.sequence_ids(cu_seqlens, length)[order]
         order = order.gather(1, document.argsort(dim=1, stable=True))
     return order
 
@@ -179,7 +180,7 @@ def inverse(order: Tensor) -> Tensor:
 
 def _least_ranks(ranks: Tensor, keep: int, starts: Tensor, window: int | None = None) -> Tensor:
     """The smallest rank that every row keeps of the keys that it sees, `[R, S]` int32."""
-    thresholds = _thresholds(ranks, keep, window)
+    thresholds: Tensor = thresholds_node(ranks, keep, window)
     # A document's first rows have seen fewer than w keys: all its ranks, which begin at its start, pass.
     young = torch.arange(ranks.shape[1], dtype=torch.int32, device=ranks.device) - starts < keep - 1
     return torch.where(young, starts, thresholds)
@@ -234,17 +235,24 @@ def _thresholds(ranks: Tensor, keep: int, window: int | None) -> Tensor:
     return node
 
 
+thresholds_node = register_node(
+    "dynamic_mask_thresholds(Tensor ranks, int keep, int? window) -> Tensor",
+    _thresholds,
+    lambda ranks, *others: torch.empty_like(ranks),
+)
+
+
 def documents(length: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Begin and end of every key's document, `[S]` int32 each."""
     if cu_seqlens is None:
         ends = torch.full((length,), length, dtype=torch.int32, device=device)
         return torch.zeros_like(ends), ends
-    document = varlen.sequence_ids(cu_seqlens)
+    document = varlen.sequence_ids(cu_seqlens, length)
     return cu_seqlens[:-1][document], cu_seqlens[1:][document]
 
 
 def longest_document(length: int, cu_seqlens: Tensor | None) -> int:
-    """Tokens of the longest document, or of the row."""
-    if cu_seqlens is None:
+    """Tokens of the longest document, or of the row; a compiled graph knows no documents."""
+    if cu_seqlens is None or torch.compiler.is_compiling():
         return length
     return max((end - start for start, end in varlen.spans(cu_seqlens)), default=0)

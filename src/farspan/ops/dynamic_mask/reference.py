@@ -96,7 +96,7 @@ def key_blocks(
     Blocks count real keys and restart with every document.
     """
     if cu_seqlens is not None:
-        first = varlen.position_ids(cu_seqlens) % block_size == 0
+        first = varlen.position_ids(cu_seqlens, keys) % block_size == 0
         return first.long().cumsum(0).unsqueeze(0) - 1
     if key_mask is None:
         return (torch.arange(keys, device=device) // block_size).unsqueeze(0)

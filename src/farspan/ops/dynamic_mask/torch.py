@@ -65,7 +65,7 @@ def _live(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, selection
     wide, cu_seqlens = compute_dtype(q, k, v), selection.cu_seqlens
     starts = torch.zeros(k.shape[1], dtype=torch.int32, device=k.device)
     if cu_seqlens is not None:
-        starts = cu_seqlens[:-1][varlen.sequence_ids(cu_seqlens)]
+        starts = cu_seqlens[:-1][varlen.sequence_ids(cu_seqlens, k.shape[1])]
     bias, keep, window, size = candidates(bias, selection), selection.keep, selection.window, selection.block_size
     ranking = ranking_of(bias, selection)
     chosen: list[Tensor] | None = None
@@ -187,7 +187,7 @@ def _chosen(bias: Tensor, selection: Selection) -> Tensor:
     if selection.select == "topk_global":
         ends = torch.full((keys,), keys, dtype=torch.int32, device=bias.device)
         if cu_seqlens is not None:
-            ends = cu_seqlens[1:][varlen.sequence_ids(cu_seqlens)]
+            ends = cu_seqlens[1:][varlen.sequence_ids(cu_seqlens, keys)]
         best = ranks_of(ranking_of(bias, selection), cu_seqlens) >= ends - selection.keep
         chosen = chosen & best.reshape(batch, heads, keys).transpose(1, 2)
     if selection.block_size is not None:
@@ -215,7 +215,7 @@ def _sees_any(chosen: Tensor, queries: int, selection: Selection) -> Tensor:
     row = torch.arange(keys - queries, keys, device=chosen.device)
     first, last = torch.zeros_like(row), torch.full_like(row, keys)
     if cu_seqlens is not None:
-        document = varlen.sequence_ids(cu_seqlens)[row]
+        document = varlen.sequence_ids(cu_seqlens, keys)[row]
         first, last = cu_seqlens[:-1].long()[document], cu_seqlens[1:].long()[document]
     if selection.causal:
         last = row + 1

@@ -49,7 +49,8 @@ def softmax_attention(
 
     Cost:
         O(T·S·H·(K+V)) time, O(T·window) with a window; memory O(T + S) beside the output, except for masked or
-        bottom-right causal calls with T > 1, which build one `[B, T, S]` mask.
+        bottom-right causal calls with T > 1, which build one `[B, T, S]` mask. Packed documents run one after another;
+        under torch.compile they are one node, whose backward pass computes the output again.
 
     Source:
         Vaswani et al. 2017, arXiv 1706.03762.

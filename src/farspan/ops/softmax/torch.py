@@ -1,5 +1,6 @@
 """Softmax attention through PyTorch's fused kernels, never with a T×T mask where one can be avoided."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from farspan.ops import varlen
+from farspan.ops._library import register_recomputed
 from farspan.ops.softmax.reference import visible
 
 # Numbers of one tensor beyond which the backward passes of cuDNN and of flash attention address wrong ones.
@@ -28,12 +30,27 @@ def softmax_attention_sdpa(
     """See `softmax_attention`. Packed documents run one after another, windows in blocks of `window` queries."""
     if cu_seqlens is None:
         return _attend(q, k, v, scale, causal, window, key_mask, dropout)
+    if not torch.compiler.is_compiling():
+        return _packed((q, k, v), cu_seqlens, scale, causal, window, dropout)
+    if torch.is_autocast_enabled(q.device.type):  # which reaches PyTorch's own operators alone
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    return _packed_node((q, k, v), cu_seqlens, float(scale), causal, window, float(dropout), random=dropout > 0)
+
+
+def _packed(
+    tensors: Sequence[Tensor], cu_seqlens: Tensor, scale: float, causal: bool, window: int | None, dropout: float
+) -> Tensor:
+    """Documents one after another."""
+    q, k, v = tensors
     pieces = [
         _attend(q[:, a:b], k[:, a:b], v[:, a:b], scale, causal, window, None, dropout)
         for a, b in varlen.spans(cu_seqlens)
         if b > a
     ]
     return torch.cat(pieces, dim=1) if pieces else _sdpa(q, k, v, scale)
+
+
+_packed_node = register_recomputed("softmax_packed", "float scale, bool causal, int? window, float dropout", _packed)
 
 
 def _attend(
