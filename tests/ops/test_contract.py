@@ -34,8 +34,9 @@ ONE = torch.zeros(1, 6, 3, 4)
 @pytest.mark.parametrize(
     ("arguments", "options", "words"),
     [
-        ((Q, Q[:, :5], V), {}, r"k has shape \[2, 5, 3, 4\]; expected \[B, T, H, K\] with B=2 \(from q\), T=6"),
+        ((Q, Q[:, :5], V), {}, r"k has shape \[2, 5, 3, 4\]; expected \[B, T, G, K\] with B=2 \(from q\), T=6"),
         ((Q, Q, V[0]), {}, r"v has shape \[6, 3, 5\]; expected \[B, T, H, V\] with B=2"),
+        ((Q, Q[:, :, :2], V), {}, r"H=3 query heads cannot share G=2 key heads evenly"),
         ((Q.long(), Q, V), {}, r"q is torch.int64; give a floating-point tensor \[B, T, H, K\]"),
         ((Q, Q, V, Q[..., :3]), {}, r"log_decay has shape \[2, 6, 3, 3\]; expected \[B, T, H, K\] .*K=4 \(from q\)"),
         ((Q, Q, V, Q[0, 0]), {}, r"log_decay has shape \[3, 4\]; expected \[B, T, H\] or \[B, T, H, K\]"),

@@ -199,6 +199,36 @@ def test_decay_per_head_equals_the_same_decay_in_every_channel() -> None:
     assert_same(got, want, tolerances.FLOAT64)
 
 
+@given(
+    groups=st.sampled_from([1, 2, 3]),
+    length=st.integers(1, 70),
+    decay=st.sampled_from(DECAYS[:4]),
+    backend=st.sampled_from(["reference", "torch"]),
+    packed=st.booleans(),
+)
+def test_shared_keys_are_keys_of_every_head_that_shares_them(
+    groups: int, length: int, decay: str, backend: str, packed: bool
+) -> None:
+    cu_seqlens = boundaries([length // 2, 0, length - length // 2]) if packed else None
+    x = make(length, decay, heads=6, batch=1, sequences=3 if packed else 1)
+    x["k"] = x["k"][:, :, :groups]
+    got = outputs_and_gradients(attend(backend, cu_seqlens=cu_seqlens), x)
+    x["k"] = x["k"][:, :, [head // (6 // groups) for head in range(6)]]
+    want = outputs_and_gradients(attend(backend, cu_seqlens=cu_seqlens), x)
+    want["d_k"] = want["d_k"].unflatten(2, (groups, 6 // groups)).sum(3)
+    assert_same(got, want, tolerances.FLOAT64)
+
+
+def test_a_step_with_shared_keys_is_the_operator_of_one_token() -> None:
+    x = make(1, "head", heads=6)
+    x["k"], state = x["k"][:, :, :2], x.pop("initial_state")
+    want = attend("reference")(**x, initial_state=state)
+    now = {name: tensor[:, 0] for name, tensor in x.items()}
+    got = gated_linear_attention_step(**now, state=state)
+    assert_close(got[0], want[0][:, 0], tolerances.FLOAT64)
+    assert_close(got[1], want[1], tolerances.FLOAT64)
+
+
 def test_decay_one_equals_no_decay() -> None:
     x = make(50, "none")
     want, _ = attend("torch")(**x)

@@ -2,10 +2,11 @@
 
 from torch import Tensor
 
+from farspan.errors import ShapeError
 from farspan.ops._backend import register, resolve
 from farspan.ops._contract import Contract, without_autocast
 from farspan.ops.gated_linear.limits import kernel_limits
-from farspan.ops.gated_linear.reference import gated_linear_attention_reference
+from farspan.ops.gated_linear.reference import gated_linear_attention_reference, per_head
 from farspan.ops.gated_linear.torch import gated_linear_attention_chunked, gated_linear_attention_recurrent
 
 register(
@@ -42,7 +43,7 @@ def gated_linear_attention(
 
     Args:
         q: queries, `[B, T, H, K]`, any floating dtype; 16-bit inputs are accumulated in float32.
-        k: keys, `[B, T, H, K]`.
+        k: keys, `[B, T, G, K]`; query head h reads key head h // (H/G), and its memory is its own.
         v: values, `[B, T, H, V]`.
         log_decay: natural logarithm of the decay, <= 0: `[B, T, H, K]` per channel, `[B, T, H]` per head, or None for
             no decay. 0 keeps the state unchanged. Keep it in float32: 16 bits cannot hold decays near 1.
@@ -75,7 +76,8 @@ def gated_linear_attention(
         take that of one decay per head from what is not rounded.
         The kernels take 16-bit and float32 inputs, use no atomic operations (repeated calls agree to the bit), and
         compile once per K, V, dtype and rank of the decay, whatever B, T and H are. Heads with K > 128 run as several
-        narrower ones, each with its own copy of v.
+        narrower ones, each with its own copy of v. Keys that heads share are laid out for each of them first;
+        `state_space_duality` reads shared keys and queries in place.
 
     Source:
         Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (arXiv:2312.06635),
@@ -96,11 +98,15 @@ def gated_linear_attention(
     """
     contract = Contract("gated_linear_attention")
     contract.tensor("q", q, "B T H K")
-    contract.tensor("k", k, "B T H K")
+    contract.tensor("k", k, "B T G K")
     contract.tensor("v", v, "B T H V")
     contract.rank("log_decay", log_decay, ("B T H", "B T H K"))
     contract.bind("num_seqs", contract.packed(cu_seqlens), "cu_seqlens" if cu_seqlens is not None else "q's B")
     contract.tensor("initial_state", initial_state, "num_seqs H K V")
+    heads, groups = contract.sizes["H"], contract.sizes["G"]
+    if groups == 0 or heads % groups:
+        raise ShapeError(f"gated_linear_attention: H={heads} query heads cannot share G={groups} key heads evenly.")
+    k = per_head(k, heads)
     implementation = resolve("gated_linear_attention", backend, (q, k, v, log_decay, initial_state))
     if backend == "auto" and cu_seqlens is None and q.shape[1] == 1:
         implementation = gated_linear_attention_recurrent
@@ -130,7 +136,7 @@ def gated_linear_attention_step(
 
     Args:
         q: `[B, H, K]`.
-        k: `[B, H, K]`.
+        k: `[B, G, K]`, G dividing H.
         v: `[B, H, V]`.
         log_decay: `[B, H, K]`, `[B, H]` or None.
         state: `[B, H, K, V]` float32, or None for zeros.

@@ -65,6 +65,11 @@ def recurrent_update(state: Tensor, k: Tensor, v: Tensor, decay: Tensor | None) 
     return torch.addcmul(kept, k.unsqueeze(-1), v.unsqueeze(-2))
 
 
+def per_head(x: Tensor, heads: int) -> Tensor:
+    """`[B, T, G, K]` → `[B, T, H, K]`: head h reads group ⌊h G / H⌋."""
+    return x if x.shape[2] == heads else torch.repeat_interleave(x, heads // x.shape[2], dim=2)
+
+
 def _per_channel(decay: Tensor) -> Tensor:
     return decay if decay.dim() == 4 else decay.unsqueeze(-1)
 

@@ -3,12 +3,11 @@
 import functools
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from farspan.ops._contract import compute_dtype
-from farspan.ops.gated_linear.reference import gated_linear_attention_reference
+from farspan.ops.gated_linear.reference import gated_linear_attention_reference, per_head
 
 Recurrence = Callable[..., tuple[Tensor, Tensor]]
 
@@ -71,11 +70,6 @@ def step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: t
     if dt_softplus:
         step = F.softplus(step)
     return step if dt_limit == (0.0, float("inf")) else step.clamp(*dt_limit)
-
-
-def per_head(x: Tensor, heads: int) -> Tensor:
-    """`[B, T, G, K]` → `[B, T, H, K]`: head h reads group ⌊h G / H⌋."""
-    return x if x.shape[2] == heads else torch.repeat_interleave(x, heads // x.shape[2], dim=2)
 
 
 state_space_duality_reference = functools.partial(through, gated_linear_attention_reference)

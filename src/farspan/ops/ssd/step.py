@@ -8,8 +8,9 @@ from torch import Tensor
 from farspan.errors import ShapeError
 from farspan.ops._backend import no_double, register, resolve
 from farspan.ops._contract import Contract, changed_in_place, without_autocast
+from farspan.ops.gated_linear.reference import per_head
 from farspan.ops.rotary import apply_rotary
-from farspan.ops.ssd.reference import per_head, step_size
+from farspan.ops.ssd.reference import step_size
 
 
 class Call(NamedTuple):
