@@ -37,6 +37,7 @@ ROWS = {
     "dilated": [
         Row("dilated", 1, 32768, {"both_ms": 3.2}, cold=True),
         Row("dilated", 1, 131072),
+        Row("dilated_bias", 1, 32768, cold=True),
         Row("dilated", 1, 1 << 20, {"forward_ms": 24.0, "both_ms": 85.0, "extra_gib": 9.0}),
         Row("dilated_one_head", 1, 1 << 24),
     ],
@@ -49,20 +50,22 @@ ROWS = {
         Row("collinear", 1, 16384, peer="coca contraction", faster=20.0, leaner=100.0),
     ],
     "softmax": [
-        *(Row("softmax_rope", 1, tokens, peer="sdpa cudnn") for tokens in (8192, 32768)),
+        *(Row("softmax_rope", 1, tokens, peer="sdpa cudnn", cold=tokens == 8192) for tokens in (8192, 32768)),
     ],
     "dynamic_mask": [
         Row("dynamic_mask", 1, 8192, peer="sdpa cudnn"),
         Row("dynamic_mask", 1, 32768, peer="sdpa cudnn", faster=2.2, cold=True),
         Row("dynamic_mask", 1, 131072, peer="sdpa cudnn", faster=7.0),
+        *(Row("dynamic_mask_global", 1, tokens) for tokens in (32768, 131072)),
         Row("expiry", 1, 8192, {"forward_ms": 0.2}),
         Row("expiry", 1, 32768, {"forward_ms": 0.3}),
         Row("expiry", 1, 131072, {"forward_ms": 0.6}),
-        Row("doge_attention", 1, 8192, {"both_ms": 3.0}, peer="hf DogeAttention"),
+        Row("doge_attention", 1, 8192, {"both_ms": 3.0}, peer="hf DogeAttention", cold=True),
         Row("doge_attention", 1, 32768),
     ],
     "experts": [
         Row("cdmoe", 1, 8192, {"both_ms": 1.9, "extra_gib": 0.5}, peer="hf DogeCDMoE", cold=True),
+        Row("peer", 1, 8192, cold=True),
         Row("cdmoe_million", 1, 8192, {"both_ms": 6.0}),
     ],
 }
@@ -196,13 +199,15 @@ def dynamic_mask_checks() -> list[dict[str, Any]]:
         "a window": (1500, 200, (4, 2, 2), 64, torch.bfloat16),
         "a window, float32": (1500, 200, (4, 2, 2), 64, torch.float32),
         "blocks of 16": (1500, 200, (4, 2, 2), 64, torch.bfloat16),
+        "the best of the whole text": (1500, 200, (4, 2, 2), 64, torch.bfloat16),
     }
     for case, (length, keep, (heads, key_heads, bias_heads), width, dtype) in cases.items():
         shape = (2, length, key_heads, width)
         x = {"q": normal(2, length, heads, width, dtype=dtype), "k": normal(*shape, dtype=dtype)}
         x |= {"v": normal(*shape, dtype=dtype), "bias": normal(2, length, bias_heads, dtype=torch.float32)}
-        options = {"keep": keep, "window": 500 if "window" in case else None}
+        options: dict[str, Any] = {"keep": keep, "window": 500 if "window" in case else None}
         options["block_size"] = 16 if "blocks" in case else None
+        options["select"] = "topk_global" if "whole" in case else "topk_causal"
         kept = kept_keys(x["bias"], length, Selection(**options)).repeat_interleave(heads // bias_heads, dim=1)
         exact, fast = (partial(dynamic_mask_attention, **options, backend=backend) for backend in ("torch", "triton"))
 

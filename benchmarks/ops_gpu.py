@@ -32,7 +32,8 @@ ROWS = {
         Row("gated_linear", 16, 2048, {"both_ms": 0.80}, cold=True),
         Row("gated_linear", 1, 32768, {"both_ms": 0.85}),
         Row("gated_linear", 1, 131072, {"both_ms": 3.2}),
-        *(Row(f"gated_linear_{decay}", *shape) for decay in ("head", "none") for shape in ((16, 2048), (1, 32768))),
+        *(Row(f"gated_linear_{decay}", 16, 2048, cold=True) for decay in ("head", "none")),
+        *(Row(f"gated_linear_{decay}", 1, 32768) for decay in ("head", "none")),
     ],
     "cosine": [
         Row("cosine", 16, 2048, {"forward_ms": 0.10, "both_ms": 0.42}, cold=True),

@@ -174,7 +174,7 @@ def _kept(tokens: int, keep: int) -> float:
 
 
 def _dynamic_mask(
-    windows: int | None = None, block_size: int | None = None
+    windows: int | None = None, block_size: int | None = None, select: str = "topk_causal"
 ) -> Callable[[int, int, torch.dtype, torch.device], Workload]:
     """Top-w attention with a bias per key, 16 query and 8 key heads; of the last `windows` · w keys, or in blocks."""
 
@@ -189,9 +189,11 @@ def _dynamic_mask(
 
         def call(x: Leaves) -> Tensor:
             tensors = x["q"], x["k"], x["v"], x["bias"]
-            return dynamic_mask_attention(*tensors, keep=keep, window=window, block_size=block_size)
+            return dynamic_mask_attention(*tensors, select=select, keep=keep, window=window, block_size=block_size)
 
-        return Workload(leaves, call, pairs(rows, tokens, heads, width, _kept(tokens, keep)), 2.5)
+        # Of keys chosen from the whole text a query sees half, on average.
+        seen = _kept(tokens, keep) if select == "topk_causal" else keep / 2
+        return Workload(leaves, call, pairs(rows, tokens, heads, width, seen), 2.5)
 
     return make
 
@@ -283,6 +285,7 @@ CASES: dict[str, OpCase] = {
     "dynamic_mask": OpCase(_dynamic_mask(), shapes=ATTENTION),
     "dynamic_mask_window": OpCase(_dynamic_mask(windows=2), shapes=ATTENTION),
     "dynamic_mask_blocks": OpCase(_dynamic_mask(block_size=64), shapes=ATTENTION),
+    "dynamic_mask_global": OpCase(_dynamic_mask(select="topk_global"), shapes=ATTENTION),
     "expiry": OpCase(_expiry, shapes=ATTENTION),
     "doge_attention": OpCase(_dynamic_mask_layer, shapes=LAYER),
     "hf DogeAttention": OpCase(op_peers.doge_attention, "doge_attention", "transformers", False, LAYER, 8192),
