@@ -234,8 +234,8 @@ def _backward(
         plan = launches.plan_of(q, v, cu_seqlens)
         shares = q.new_empty(0 if weight is None else len(plan.chunks), *q.shape[2:], dtype=torch.float32)
         rows: tuple[Any, ...] = (d_out, d_final, q, k, v, gate, initial, out, *rest[:7], *grads, shares, d_initial)
-        halves = zip(*([x] * parts if x is None else x.tensor_split(parts) for x in rows), strict=True)
-        for part in [rows] if parts == 1 else halves:
+        split = ([x] * parts if parts == 1 or x is None else x.tensor_split(parts) for x in rows)
+        for part in zip(*split, strict=True):
             (dy, d_end, own_q, own_k, own_v, own_gate, start, y), saved, own = part[:8], part[8:15], part[15:]
             launches.run_backward(
                 dy, d_end, own_q, own_k, own_v, own_gate, weight, start, y, saved, own, plan.part(parts), form
