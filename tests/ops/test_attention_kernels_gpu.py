@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from farspan.ops import (
     collinear_attention,
@@ -13,6 +15,7 @@ from farspan.ops import (
     dilated_attention,
     dynamic_mask_attention,
     retrieved_experts,
+    softmax_attention,
 )
 from farspan.ops.dynamic_mask.expiry import expiry
 from farspan.ops.rotary import rotary_pair
@@ -249,3 +252,51 @@ def test_experts_match_torch(experts: int, dtype: torch.dtype) -> None:
     x = {name: tensor if name == "x" else tensor * 200**-0.5 for name, tensor in x.items()}
     ids = torch.randint(experts, (300, 24), device="cuda")
     compare(partial(retrieved_experts, expert_ids=ids), x)
+
+
+class _Asked(TorchDispatchMode):
+    """The names of PyTorch's operators that are called below it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name().removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("op", [softmax_attention, collinear_attention])
+def test_attention_is_cudnn_s_where_that_is_fastest(op: Callable[..., Tensor], width: int) -> None:
+    if torch.cuda.get_device_capability() not in ((9, 0), (10, 0)):
+        pytest.skip("PyTorch asks cuDNN first on cards of compute capability 9.0 and 10.0 alone")
+    key = {"k": (1, 1024, 4, width)} if op is softmax_attention else {"t": (1, 1024, 4, width // 2)}
+    x = normal(torch.bfloat16, q=(1, 1024, 4, width), v=(1, 1024, 4, width), **key)
+    turns = table(torch.arange(1024).unsqueeze(0), width) if op is collinear_attention else ()
+    leaves = {name: tensor.requires_grad_() for name, tensor in x.items()}
+    leaves |= {name: turn.float().cuda() for name, turn in zip(("cos", "sin"), turns, strict=False)}
+    with _Asked() as asked:
+        op(**leaves).sum().backward()
+    attention = {name for name in asked.names if name.startswith("_scaled_dot_product")}
+    assert attention == {"_scaled_dot_product_cudnn_attention", "_scaled_dot_product_cudnn_attention_backward"}
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("op", [softmax_attention, dilated_attention, dynamic_mask_attention])
+def test_compiled_documents_are_one_graph(op: Callable[..., Tensor], biased: bool) -> None:
+    x = normal(torch.bfloat16, **dict.fromkeys("qkv", (1, 1000, 4, 64)))
+    options: dict[str, Any] = {"cu_seqlens": boundaries([300, 0, 1, 699]).cuda()}
+    if op is softmax_attention:
+        options["window"] = 100 if biased else None
+    elif op is dilated_attention:
+        options |= {"segment_lengths": [128, 512], "dilations": [1, 3]}
+        if biased:
+            x["distance_bias"] = torch.randn(4, 1023, device="cuda")
+    else:
+        options |= {"keep": 100, "select": "topk_global" if biased else "topk_causal"}
+        x["bias"] = torch.randn(1, 1000, 4, device="cuda")
+    call = partial(op, **options)
+    torch.compiler.reset()
+    whole = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_same(results(whole, x), results(call, x), tolerances.BFLOAT16 / 2)

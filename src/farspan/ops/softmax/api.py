@@ -52,6 +52,12 @@ def softmax_attention(
         bottom-right causal calls with T > 1, which build one `[B, T, S]` mask. Packed documents run one after another;
         under torch.compile they are one node, whose backward pass computes the output again.
 
+    Note:
+        Which of PyTorch's kernels serves follows its own order. From PyTorch 2.10 on, with cuDNN 9.15.1 or later, cards
+        of compute capability 9.0 and 10.0 ask cuDNN first, which is the fastest there in 16 bit; older ones flash
+        attention. What these do not take, such as float32, goes to the memory-efficient kernel, and the rest to plain
+        products. `torch.nn.attention.sdpa_kernel` around a call chooses otherwise.
+
     Source:
         Vaswani et al. 2017, arXiv 1706.03762.
 

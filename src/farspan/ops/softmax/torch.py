@@ -109,6 +109,7 @@ def _sdpa(
     causal: bool = False,
     dropout: float = 0.0,
 ) -> Tensor:
+    """One call of PyTorch's attention, which chooses the kernel (see `softmax_attention`), or several for many rows."""
     largest = max(x.numel() for x in (q, k, v))
     if largest > _MOST_NUMBERS and len(q) > 1:
         most = max(1, _MOST_NUMBERS // (largest // len(q)))
