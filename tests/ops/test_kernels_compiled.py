@@ -22,8 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from farspan.ops.gated_linear import chunk_kernels, extreme_kernels, kernels
-from farspan.ops.gated_linear.launches import CHUNK, LIMIT
-from farspan.ops.gated_linear.tiles import NARROWEST, Tiles, tiles
+from farspan.ops.gated_linear.launches import CHUNK, LIMIT, ROW_NUMBERS
+from farspan.ops.gated_linear.tiles import NARROWEST, Tiles, tiles, whole
+from farspan.ops.metala.triton import LARGEST_VALUE_WIDTH
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +48,7 @@ def constants(dtype: torch.dtype, width: int, decay: int) -> dict[str, Any]:
         "AUGMENT": decay == 3, "INSIDE": True, "NORMALIZE": decay == 3,
         "FAST": fast, "PART": tl.bfloat16, "DOT": tl.bfloat16 if fast else tl.float32,
         "PRECISION": "tf32" if fast else "tf32x3", "HAS_START": True, "STORE_STATES": True, "STORE_END": True,
-        "STORE_LOST": True, "KEPT": False, "BLOCKS": 2, "BN": 256, "BR": 32, "BV": 128,
+        "STORE_LOST": True, "KEPT": False, "BLOCKS": 2, "BN": 256,
     }  # fmt: skip
 
 
@@ -94,12 +95,27 @@ def stack_bytes(binary: Any, directory: Path) -> int:
     return int(re.search(r"STACK:(\d+)", report).group(1))
 
 
-def launches(choice: Tiles, own: Tiles) -> list[tuple[Any, tuple[int, int, int | None], dict[str, Any]]]:
+def of_rows(
+    choice: Tiles, values: int, normalized: bool
+) -> list[tuple[Any, tuple[int, int, int | None], dict[str, Any]]]:
+    """The `launches` that hold rows of so many values, whole where they are normalised."""
+    columns, *schedule = whole(choice.output, values) if normalized else choice.output
+    output = {"BV": min(columns, values)}
+    return [
+        (chunk_kernels.output_kernel, tuple(schedule), output),
+        (chunk_kernels.row_kernel, (4, 1, None), {"BV": values, "BR": ROW_NUMBERS // values}),
+        (extreme_kernels.extreme_output_kernel, (8, 1, None), output | {"BK": NARROWEST}),
+    ]
+
+
+def launches(
+    choice: Tiles, own: Tiles, normalized: bool
+) -> list[tuple[Any, tuple[int, int, int | None], dict[str, Any]]]:
     """Kernel, its warps, stages and registers, and the arguments that differ from launch to launch.
 
     `own` are the tiles of as many channels that decay by themselves as a program takes.
     """
-    state, output, gradient, prepare, kept = ({"BV": min(t[0], 128)} for t in choice)
+    state, _, gradient, prepare, kept = ({"BV": min(t[0], 128)} for t in choice)
     return [
         (kernels.prepare_kernel, choice.prepare[1:], prepare),
         (
@@ -118,24 +134,39 @@ def launches(choice: Tiles, own: Tiles) -> list[tuple[Any, tuple[int, int, int |
             kept | {"REVERSE": True, "STORE_VALUES": True, "KEPT": True, "STAGES": choice.kept[2]},
         ),
         (kernels.scan_kernel, (2, 1, None), {"REVERSE": False}),
-        (chunk_kernels.output_kernel, choice.output[1:], output),
-        (chunk_kernels.row_kernel, (4, 1, None), {}),
         (chunk_kernels.gradient_kernel, own.gradient[1:], {"BV": own.gradient[0], "BK": NARROWEST}),
-        (extreme_kernels.extreme_output_kernel, (8, 1, None), output | {"BK": NARROWEST}),
         (extreme_kernels.extreme_gradient_kernel, (8, 1, None), gradient | {"BK": NARROWEST}),
+        *of_rows(choice, 128, normalized),
     ]
+
+
+def fits(
+    kernel: Any,
+    architecture: int,
+    dtype: torch.dtype,
+    values: dict[str, Any],
+    options: tuple[int, int, int | None],
+    directory: Path,
+) -> None:
+    """Whether a kernel compiles with the card's shared memory, registers and matrix instructions."""
+    name, binary = kernel.__name__, compiled(kernel, architecture, dtype, values, *options)
+    assert binary.metadata.shared <= SHARED_MEMORY[architecture], f"{name}: {binary.metadata.shared} bytes shared"
+    if architecture == 90 and dtype == torch.bfloat16 and name not in ("scan_kernel", "row_kernel"):
+        assert "wgmma.mma_async" in binary.asm["ptx"], f"{name}: no warp-group matrix instruction"
+    if dtype == torch.bfloat16:
+        assert stack_bytes(binary, directory) <= SPILLED_BYTES, name
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize(("dtype", "width", "decay"), CASES, ids=str)
 def test_kernels_compile(architecture: int, dtype: torch.dtype, width: int, decay: int, tmp_path: Path) -> None:
     choice, own = (tiles(architecture // 10, channels, dtype.itemsize) for channels in (width, NARROWEST))
-    for kernel, options, differing in launches(choice, own):
-        name = kernel.__name__
-        values = constants(dtype, width, decay) | differing
-        binary = compiled(kernel, architecture, dtype, values, *options)
-        assert binary.metadata.shared <= SHARED_MEMORY[architecture], f"{name}: {binary.metadata.shared} bytes shared"
-        if architecture == 90 and dtype == torch.bfloat16 and name not in ("scan_kernel", "row_kernel"):
-            assert "wgmma.mma_async" in binary.asm["ptx"], f"{name}: no warp-group matrix instruction"
-        if dtype == torch.bfloat16:
-            assert stack_bytes(binary, tmp_path) <= SPILLED_BYTES, name
+    for kernel, options, differing in launches(choice, own, decay == 3):
+        fits(kernel, architecture, dtype, constants(dtype, width, decay) | differing, options, tmp_path)
+
+
+@pytest.mark.parametrize(("architecture", "width"), [(80, 128), (90, 64), (90, 128)])
+def test_kernels_of_rows_of_many_values_compile(architecture: int, width: int, tmp_path: Path) -> None:
+    dtype, values = torch.bfloat16, LARGEST_VALUE_WIDTH[2]
+    for kernel, options, differing in of_rows(tiles(architecture // 10, width, dtype.itemsize), values, True):
+        fits(kernel, architecture, dtype, constants(dtype, width, 3) | {"V": values} | differing, options, tmp_path)

@@ -197,6 +197,14 @@ def test_channels_beyond_those_of_a_program_match_reference(extreme: bool) -> No
     assert_same(outputs_and_gradients(metala(**options), cast(x, torch.float32)), want, tolerances.FLOAT32)
 
 
+@pytest.mark.parametrize("values", [17, 130])  # more than a block of V, more than a row that a program holds whole
+def test_metala_of_wide_values_matches_reference(values: int) -> None:
+    x = test_metala.make(20, batch=1)
+    x["v"], x["initial_state"] = (torch.randn(*x[n].shape[:-1], values).double() for n in ("v", "initial_state"))
+    want = outputs_and_gradients(test_metala.attend("reference"), x)
+    assert_same(outputs_and_gradients(metala(), cast(x, torch.float32)), want, tolerances.FLOAT32)
+
+
 def test_metala_without_augmentation_and_with_own_key() -> None:
     x = test_metala.make(20, batch=1)
     x["augmentation"] = None

@@ -11,7 +11,7 @@ from farspan.ops._launch import INTERPRETED, Constants, launch
 from farspan.ops._tiles import measured, remembered
 from farspan.ops.gated_linear import chunk_kernels, extreme_kernels, kernels
 from farspan.ops.gated_linear.plan import Plan, plan_chunks
-from farspan.ops.gated_linear.tiles import CANDIDATES, NARROWEST, SCAN, Tile, Tiles, tiles
+from farspan.ops.gated_linear.tiles import CANDIDATES, NARROWEST, SCAN, Tile, Tiles, tiles, whole
 
 CHUNK = 64
 # Numbers of a program of the row kernel.
@@ -89,18 +89,18 @@ def run(
         q, own_k, own_gate, q if weight is None else weight, *prepared, plan.chunks, form.scale, form.normalizer, heads,
     )  # fmt: skip
     _states(prepared.k, v, prepared, initial, states, final, plan, common)
-    columns, warps, stages, registers = tiles.output
+    tile = tiles.output
     if weight is not None or form.normalize:
-        columns = common["V_PADDED"]
-    tile = (min(columns, common["V_PADDED"]), warps, stages, registers)
-    grid = (chunks, heads, -(-v.shape[-1] // tile[0]))
+        tile = whole(tile, common["V_PADDED"])
+    columns = min(tile[0], common["V_PADDED"])
+    grid = (chunks, heads, -(-v.shape[-1] // columns))
     _launch(
         chunk_kernels.output_kernel, grid, tile, common,
         prepared.q, prepared.k, v, prepared.half, prepared.u, states, out, rstd, plan.chunks, form.eps, heads,
     )  # fmt: skip
     if gate is not None:
         _launch(
-            extreme_kernels.extreme_output_kernel, (_many(plan), *grid[1:]), (tile[0], 8, 1, None), common,
+            extreme_kernels.extreme_output_kernel, (_many(plan), *grid[1:]), (columns, 8, 1, None), common,
             q, own_k, prepared.q, v, gate, prepared.half, prepared.u, states, out, rstd, plan.chunks, chunks,
             form.scale, form.normalizer, form.eps, heads, BK=NARROWEST,
         )  # fmt: skip

@@ -42,6 +42,11 @@ CANDIDATES = {
 }
 
 
+def whole(tile: Tile, columns: int) -> Tile:
+    """The tile of a program that takes rows of so many columns whole: more than its own need more warps' registers."""
+    return (columns, *WIDE[1:]) if columns > tile[0] else tile
+
+
 def tiles(family: int, width: int, size: int) -> Tiles:
     """The entry of the table for an architecture family, a padded K and the bytes of an operand."""
     known = max(entry[0] for entry in TILES if entry[0] <= family)

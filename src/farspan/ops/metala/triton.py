@@ -8,7 +8,8 @@ from farspan.ops.gated_linear import triton as gated_linear
 from farspan.ops.gated_linear.tiles import WIDEST
 from farspan.ops.metala.reference import metala_attention_reference
 
-LARGEST_VALUE_WIDTH = 256
+# Values of a row that a program holds for its norm, by the bytes of an operand: of more, registers spill in bulk.
+LARGEST_VALUE_WIDTH = {2: 256, 4: 128}
 # The logit of padding: its decay is exactly 1 and its key exactly 0, in every dtype that holds it.
 KEEP = 3e4
 
@@ -18,13 +19,13 @@ def metala_attention_triton(
 ) -> tuple[Tensor, Tensor]:
     """The kernels' form of `metala_attention`; arguments as there.
 
-    Without a key of its own, with at most 128 key and 256 value channels per head, nothing of the width of k or of the
-    decay is ever written. Otherwise the same formulas run around the kernels.
+    Without a key of its own, with at most 128 key and 256 value channels per head (128 in float32), nothing of the
+    width of k or of the decay is ever written. Otherwise the same formulas run around the kernels.
 
     Returns:
         `out` `[B, T, H, V]` in v's dtype, and the final state in float32.
     """
-    if options["key"] is not None or q.shape[-1] > WIDEST or v.shape[-1] > LARGEST_VALUE_WIDTH:
+    if options["key"] is not None or q.shape[-1] > WIDEST or v.shape[-1] > LARGEST_VALUE_WIDTH[q.element_size()]:
         recurrence = gated_linear.gated_linear_attention_triton
         return metala_attention_reference(q, gate_logits, v, augmentation, recurrence=recurrence, **options)
     padding_mask = options["padding_mask"]
