@@ -9,17 +9,21 @@ other groups of peers measure flash-linear-attention and mamba_ssm, whose first 
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from acceptance import Row, errors_of, run
+from acceptance import CUDA, Row, errors_of, run
 from farspan.ops import cosine_attention, gated_linear_attention, metala_attention, state_space_duality
 
 Call = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
+
+# Inputs that all sequences share, and the boundaries of packed ones.
+SHARED = {"augmentation", "exponent", "a", "d", "dt_bias"}
+PACKED = (0, 63, 64, 300, 1000)
 
 OPERATORS = {"metala": metala_attention, "cosine": cosine_attention, "ssd": state_space_duality}
 ROWS = {
@@ -112,20 +116,23 @@ def same_dtype_form(
     return torch.cat(outs, dim=1), state
 
 
-def make(shape: tuple[int, ...], kind: str, dtype: torch.dtype, gates: str = "ordinary") -> dict[str, Tensor]:
+def make(
+    shape: tuple[int, ...], kind: str, dtype: torch.dtype, gates: str = "ordinary", sequences: int | None = None
+) -> dict[str, Tensor]:
     """Random inputs of an operator, or of gated linear attention with a decay of the given rank."""
     batch, length, heads, width, values = shape
-    generator = torch.Generator("cuda").manual_seed(length)
+    sequences = batch if sequences is None else sequences
+    generator = torch.Generator(CUDA).manual_seed(length)
 
     def randn(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device="cuda")
+        return torch.randn(size, generator=generator, device=CUDA)
 
     if kind == "ssd":
         return {
             "x": randn(batch, length, heads, values).to(dtype), "dt": randn(batch, length, heads) - 2,
-            "a": -torch.linspace(0.1, 4, heads, device="cuda"), "b": randn(batch, length, 1, width).to(dtype),
+            "a": -torch.linspace(0.1, 4, heads, device=CUDA), "b": randn(batch, length, 1, width).to(dtype),
             "c": randn(batch, length, 1, width).to(dtype) * width**-0.5, "d": randn(heads), "dt_bias": randn(heads),
-            "initial_state": randn(batch, heads, width, values),
+            "initial_state": randn(sequences, heads, width, values),
         }  # fmt: skip
     logits = 3 * randn(batch, length, heads, width)
     if gates == "extreme":
@@ -139,17 +146,18 @@ def make(shape: tuple[int, ...], kind: str, dtype: torch.dtype, gates: str = "or
             x["exponent"] = randn(heads)
         elif kind != "none":
             x["log_decay"] = F.logsigmoid(logits if kind == "channel" else logits[..., 0]) / 16
-    x["initial_state"] = randn(batch, heads, width, values)
+    x["initial_state"] = randn(sequences, heads, width, values)
     return x
 
 
-def operator(kind: str, backend: str) -> Call:
-    """The public operator as a call on named tensors."""
+def operator(kind: str, backend: str, bounds: Sequence[int] | None = None) -> Call:
+    """The public operator as a call on named tensors, packed where `bounds` are given."""
     op = OPERATORS.get(kind, gated_linear_attention)
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=CUDA)
 
     def call(x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        past = {"initial_count": torch.full((len(x["q"]),), 7, device="cuda")} if kind == "cosine" else {}
-        return op(**x, **past, output_final_state=True, backend=backend)
+        past = {"initial_count": torch.full((len(x["initial_state"]),), 7, device=CUDA)} if kind == "cosine" else {}
+        return op(**x, **past, cu_seqlens=cu_seqlens, output_final_state=True, backend=backend)
 
     return call
 
@@ -171,7 +179,7 @@ def rounded(kind: str, dtype: torch.dtype, chunk: int) -> Call:
 
     def cosine(x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         q, k = (F.normalize(x[name].float(), dim=-1, eps=1e-12) for name in ("q", "k"))
-        count = torch.arange(8, 8 + q.shape[1], device="cuda").log()[:, None]
+        count = torch.arange(8, 8 + q.shape[1], device=CUDA).log()[:, None]
         v = x["v"].float() * torch.exp(-torch.sigmoid(x["exponent"]) * count).unsqueeze(-1)
         out, state = same_dtype_form(q, k, v, None, x["initial_state"], dtype, chunk, 1.0)
         return out.to(dtype), state
@@ -186,37 +194,68 @@ def rounded(kind: str, dtype: torch.dtype, chunk: int) -> Call:
     return {"metala": metala, "cosine": cosine, "ssd": duality}.get(kind, gated)
 
 
+def one_by_one(call: Call, bounds: Sequence[int]) -> Call:
+    """A form without packing, sequence by sequence."""
+
+    def part(name: str, tensor: Tensor, i: int) -> Tensor:
+        if name == "initial_state":
+            return tensor[i : i + 1]
+        return tensor if name in SHARED else tensor[:, bounds[i] : bounds[i + 1]]
+
+    def packed(x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        count = len(bounds) - 1
+        results = [call({name: part(name, tensor, i) for name, tensor in x.items()}) for i in range(count)]
+        outs, states = zip(*results, strict=True)
+        return torch.cat(outs, dim=1), torch.cat(states)
+
+    return packed
+
+
 def differentiate(call: Call, x: dict[str, Tensor]) -> dict[str, Tensor]:
     """Outputs and gradients for a fixed random weighting."""
     leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in x.items()}
     out, state = call(leaves)
-    generator = torch.Generator("cuda").manual_seed(5)
-    weights = [torch.randn(y.shape, generator=generator, device="cuda").bfloat16() for y in (out, state)]
+    generator = torch.Generator(CUDA).manual_seed(5)
+    weights = [torch.randn(y.shape, generator=generator, device=CUDA).bfloat16() for y in (out, state)]
     torch.autograd.backward([out, state], [w.to(y.dtype) for w, y in zip(weights, (out, state), strict=True)])
     return {"out": out.detach(), "state": state.detach()} | {"d_" + n: leaf.grad for n, leaf in leaves.items()}
 
 
-def check(shape: tuple[int, ...], kind: str, dtype: torch.dtype, gates: str = "ordinary") -> dict[str, Any]:
+def check(
+    shape: tuple[int, ...],
+    kind: str,
+    dtype: torch.dtype,
+    gates: str = "ordinary",
+    bounds: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """The kernels' errors beside those of the same-dtype form."""
-    x = make(shape, kind, dtype, gates)
-    want = differentiate(operator(kind, "torch"), {name: tensor.double() for name, tensor in x.items()})
-    runs = [differentiate(operator(kind, "triton"), x) for _ in range(3)]
-    # With few rows in a chunk the centred factorisation holds for the extreme gates too.
-    plain = differentiate(rounded(kind, dtype, 64 if gates == "ordinary" else 16), x)
-    errors, passed = errors_of(want, runs, plain)
-    case = f"B, T, H, K, V = {shape}, {str(dtype)[6:]}, {gates} gates"
+    x = make(shape, kind, dtype, gates, None if bounds is None else len(bounds) - 1)
+    want = differentiate(operator(kind, "torch", bounds), {name: tensor.double() for name, tensor in x.items()})
+    runs = [differentiate(operator(kind, "triton", bounds), x) for _ in range(3)]
+    # With few rows in a chunk the centred factorisation holds for the extreme gates too, in the range of the dtype.
+    chunk = 64 if gates == "ordinary" else 2 if dtype == torch.float16 else 16
+    plain = rounded(kind, dtype, chunk)
+    errors, passed = errors_of(want, runs, differentiate(plain if bounds is None else one_by_one(plain, bounds), x))
+    packed = "" if bounds is None else f", packed {list(bounds)}"
+    case = f"B, T, H, K, V = {shape}, {str(dtype)[6:]}, {gates} gates{packed}"
     return {"operator": kind, "case": case, "errors": errors, "passed": passed}
 
 
 def checks(kind: str, operator_name: str) -> list[dict[str, Any]]:
-    """Dtypes, odd lengths, widths and extreme gates of one operator."""
+    """Dtypes, odd lengths, widths, packed sequences and extreme gates of one operator."""
     # Heads enough that the largest error of a gradient per head is no matter of chance.
     usual, halves = (2, 1000, 12, 64, 128), (torch.bfloat16, torch.float16, torch.float32)
     found = [check(usual, kind, dtype) for dtype in halves]
     found += [check((2, length, 12, 64, 128), kind, torch.bfloat16) for length in (1, 63, 64, 65, 4097)]
     found += [check(shape, kind, torch.bfloat16) for shape in ((1, 77, 2, 32, 48), (1, 2500, 2, 128, 128))]
+    found += [
+        check((2, 65, 12, 64, 128), kind, torch.float16),
+        check((1, PACKED[-1], 12, 64, 128), kind, torch.bfloat16, bounds=PACKED),
+    ]
     if kind in ("metala", "channel", "head"):
-        found += [check(usual, kind, dtype, "extreme") for dtype in (torch.bfloat16, torch.float32)]
+        found += [check(usual, kind, dtype, "extreme") for dtype in halves]
+    if kind == "metala":
+        found.append(check((2, 300, 12, 64, 256), kind, torch.bfloat16))
     return [entry | {"operator": operator_name} for entry in found]
 
 

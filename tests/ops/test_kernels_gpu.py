@@ -20,6 +20,13 @@ FORMS = [
     *((torch.float32, widths) for widths in (*WIDTHS[:3], WIDTHS[-1])),
     (torch.float16, WIDTHS[0]),
 ]
+# Of rows that the norm takes whole, the widest, and wider than a program takes.
+OF_ROWS = [(torch.bfloat16, (64, 256)), (torch.float16, (128, 256)), (torch.float32, (64, 200))]
+LENGTHS = [1, 63, 64, 65, 1000, 4097]
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {
+    torch.float32: tolerances.FLOAT32, torch.bfloat16: 2 * tolerances.BFLOAT16, torch.float16: 2 * tolerances.BFLOAT16
+}  # fmt: skip
 
 
 def on_gpu(tensors: Named, dtype: torch.dtype) -> Named:
@@ -54,8 +61,7 @@ def compare(op: partial, x: Named, tolerance: float) -> None:
 @pytest.mark.parametrize("decay", ["none", "head", "channel", "forgetful", "extreme"])
 def test_gated_linear_matches_torch(dtype: torch.dtype, decay: str, widths: tuple[int, int]) -> None:
     x = on_gpu(test_gated_linear.make(300, decay, heads=3, width=widths[0], value_width=widths[1]), dtype)
-    tolerance = tolerances.FLOAT32 if dtype == torch.float32 else 2 * tolerances.BFLOAT16
-    compare(partial(gated_linear_attention, output_final_state=True), x, tolerance)
+    compare(partial(gated_linear_attention, output_final_state=True), x, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("decay", ["head", "channel", "extreme"])
@@ -65,25 +71,42 @@ def test_sequences_of_one_segment_match_torch(decay: str) -> None:
 
 
 @pytest.mark.parametrize("lengths", [[700, 0, 1, 64, 1300, 63], [0, 0, 65]], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packed_documents_match_torch(dtype: torch.dtype, lengths: list[int]) -> None:
-    cu_seqlens = boundaries(lengths).cuda()
-    x = on_gpu(test_gated_linear.make(sum(lengths), batch=1, sequences=len(lengths), width=64, value_width=128), dtype)
-    tolerance = tolerances.FLOAT32 if dtype == torch.float32 else 2 * tolerances.BFLOAT16
-    compare(partial(gated_linear_attention, output_final_state=True, cu_seqlens=cu_seqlens), x, tolerance)
+    sizes = {"batch": 1, "sequences": len(lengths), "width": 64, "value_width": 128}
+    packed = {"output_final_state": True, "cu_seqlens": boundaries(lengths).cuda()}
+    x = on_gpu(test_gated_linear.make(sum(lengths), **sizes), dtype)
+    compare(partial(gated_linear_attention, **packed), x, TOLERANCE[dtype])
+    compare(
+        partial(metala_attention, **packed), on_gpu(test_metala.make(sum(lengths), **sizes), dtype), TOLERANCE[dtype]
+    )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", test_metala.OPTIONS.values(), ids=test_metala.OPTIONS)
 @pytest.mark.parametrize("padded", [False, True])
-def test_metala_matches_torch(options: dict[str, object], padded: bool) -> None:
-    x = on_gpu(test_metala.make(500), torch.float32)
+def test_metala_matches_torch(options: dict[str, object], padded: bool, dtype: torch.dtype) -> None:
+    x = on_gpu(test_metala.make(500, width=64, value_width=128), dtype)
     mask = torch.rand(2, 500, device="cuda") < 0.7 if padded else None
 
     def op(**arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
         out, state = metala_attention(output_final_state=True, padding_mask=mask, **arguments, **options)
         return out if mask is None else out * mask[..., None, None], state
 
-    compare(partial(op), x, tolerances.FLOAT32)
+    compare(partial(op), x, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("dtype", "widths"), [*FORMS, *OF_ROWS], ids=str)
+def test_metala_of_all_widths_matches_torch(dtype: torch.dtype, widths: tuple[int, int]) -> None:
+    x = on_gpu(test_metala.make(300, heads=3, width=widths[0], value_width=widths[1]), dtype)
+    compare(partial(metala_attention, output_final_state=True), x, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_metala_of_odd_lengths_matches_torch(length: int, dtype: torch.dtype) -> None:
+    x = on_gpu(test_metala.make(length, heads=3, width=64, value_width=128), dtype)
+    compare(partial(metala_attention, output_final_state=True), x, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
@@ -99,11 +122,7 @@ def test_repeated_calls_agree(widths: tuple[int, int]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True))
 
 
-LENGTHS = [1, 63, 64, 65, 1000, 4097]
-TOLERANCE = {torch.float32: tolerances.FLOAT32, torch.bfloat16: 2 * tolerances.BFLOAT16}
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm_position", ["value", "query"])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_cosine_matches_torch(length: int, norm_position: str, dtype: torch.dtype) -> None:
@@ -113,7 +132,7 @@ def test_cosine_matches_torch(length: int, norm_position: str, dtype: torch.dtyp
     compare(op, x, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("length", LENGTHS)
 def test_state_space_duality_matches_torch(length: int, groups: int, dtype: torch.dtype) -> None:
@@ -126,7 +145,7 @@ def test_state_space_duality_matches_torch(length: int, groups: int, dtype: torc
     compare(op, x, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("change", test_ssd.EXTREMES.values(), ids=test_ssd.EXTREMES)
 def test_state_space_duality_with_extreme_steps_and_decays(change: dict[str, float], dtype: torch.dtype) -> None:
     x = on_gpu(test_ssd.make(100, batch=1), dtype)
@@ -157,7 +176,7 @@ def test_packed_cosine_that_looks_both_ways_is_one_graph() -> None:
     assert torch.allclose(compiled(**x)[0], op(**x)[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packed_cosine_and_duality_match_torch(dtype: torch.dtype) -> None:
     lengths = [700, 0, 1, 64, 1300, 63]
     packed = {"cu_seqlens": boundaries(lengths).cuda(), "output_final_state": True}

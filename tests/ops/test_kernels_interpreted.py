@@ -186,10 +186,7 @@ def test_metala_matches_reference(length: int, options: dict[str, object]) -> No
 
 @pytest.mark.parametrize("extreme", [False, True])
 def test_channels_beyond_those_of_a_program_match_reference(extreme: bool) -> None:
-    x = test_metala.make(20, batch=1)
-    for name, size in {"q": (20, 2, 20), "gate_logits": (20, 2, 20), "initial_state": (2, 20, 7)}.items():
-        x[name] = torch.randn(1, *size, dtype=torch.float64)
-    x["augmentation"] = torch.randn(2, 20, dtype=torch.float64)
+    x = test_metala.make(20, batch=1, width=20)
     if extreme:  # the channel that makes it so is of the second program
         x["gate_logits"][..., 19] = -200.0
     options = {"decay_normalizer": 1.0, "scale": 20**-0.5}
@@ -199,8 +196,7 @@ def test_channels_beyond_those_of_a_program_match_reference(extreme: bool) -> No
 
 @pytest.mark.parametrize("values", [17, 130])  # more than a block of V, more than a row that a program holds whole
 def test_metala_of_wide_values_matches_reference(values: int) -> None:
-    x = test_metala.make(20, batch=1)
-    x["v"], x["initial_state"] = (torch.randn(*x[n].shape[:-1], values).double() for n in ("v", "initial_state"))
+    x = test_metala.make(20, batch=1, value_width=values)
     want = outputs_and_gradients(test_metala.attend("reference"), x)
     assert_same(outputs_and_gradients(metala(), cast(x, torch.float32)), want, tolerances.FLOAT32)
 

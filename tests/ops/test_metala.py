@@ -14,17 +14,26 @@ from tests import tolerances
 from tests.ops.checks import Named, assert_close, assert_same, boundaries, cast, outputs_and_gradients
 
 
-def make(length: int, *, batch: int = 2, sequences: int | None = None, dtype: torch.dtype = torch.float64) -> Named:
-    """Random inputs with two heads, K = 5 and V = 7."""
+def make(
+    length: int,
+    *,
+    batch: int = 2,
+    heads: int = 2,
+    width: int = 5,
+    value_width: int = 7,
+    sequences: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Named:
+    """Random inputs."""
     generator = torch.Generator().manual_seed(length)
     randn = partial(torch.randn, generator=generator, dtype=torch.float64)
     tensors: Named = {
-        "q": randn(batch, length, 2, 5),
-        "gate_logits": 3 * randn(batch, length, 2, 5),
-        "v": randn(batch, length, 2, 7),
-        "augmentation": randn(2, 5),
+        "q": randn(batch, length, heads, width),
+        "gate_logits": 3 * randn(batch, length, heads, width),
+        "v": randn(batch, length, heads, value_width),
+        "augmentation": randn(heads, width),
         "key": None,
-        "initial_state": randn(batch if sequences is None else sequences, 2, 5, 7),
+        "initial_state": randn(batch if sequences is None else sequences, heads, width, value_width),
     }
     return cast(tensors, dtype)
 
