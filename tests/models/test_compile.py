@@ -58,6 +58,16 @@ def test_a_training_step_is_one_graph(stack: str, padded: bool) -> None:
         assert_close(ours, theirs, tolerances.FLOAT32, name)
 
 
+def test_a_training_step_on_packed_documents_is_one_graph() -> None:
+    model, ids = _model(["softmax", "dilated", "metala"]).train(), _inputs(padded=False)["input_ids"][:1]
+    inputs = {"input_ids": ids, "labels": ids, "cu_seqlens": torch.tensor([0, 7, 7, 20], dtype=torch.int32)}
+    losses = [run(**inputs).loss for run in (torch.compile(model, fullgraph=True, backend="aot_eager"), model)]
+    assert_close(*losses, tolerances.FLOAT32, "loss")
+    grads = (torch.autograd.grad(loss, tuple(model.parameters())) for loss in losses)
+    for ours, theirs in zip(*grads, strict=True):
+        assert_close(ours, theirs, tolerances.FLOAT32, "gradient")
+
+
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("stack", CACHED)
 def test_a_prompt_is_one_graph_and_leaves_the_same_cache(stack: str, padded: bool) -> None:

@@ -23,6 +23,7 @@ from farspan.ops import (
 from farspan.ops.gated_linear import torch as chunked
 from tests import tolerances
 from tests.ops.checks import assert_close, assert_same, boundaries, outputs_and_gradients
+from tests.ops.recording import NODES, CheckedNodes
 
 LENGTHS = [30, 0, 1, 39]
 CASES = {
@@ -95,6 +96,17 @@ def test_selections_among_many_keys_are_one_graph(options: dict[str, Any]) -> No
     run, seen = compiled(call)
     assert_same(outputs_and_gradients(run, x), outputs_and_gradients(call, x), tolerances.FLOAT32)
     assert len(seen) == 2 and any("dynamic_mask_thresholds" in node or "softmax" in node for node in seen[0])
+
+
+def test_a_selection_is_compiled_once_for_all_lengths() -> None:
+    def call(q: Tensor, bias: Tensor) -> Tensor:
+        return dynamic_mask_attention(q, q, q, bias, keep=25)
+
+    run, seen = compiled(call)
+    for length in (200, 190, 150, 133):
+        q, bias = torch.randn(1, length, 2, 4), torch.randn(1, length, 2)
+        assert_close(run(q, bias), call(q, bias), tolerances.FLOAT32)
+    assert len(seen) <= 2  # for 200 tokens, and for any number
 
 
 ROTATION = {name: torch.rand(1, sum(LENGTHS), 3) for name in ("cos", "sin")}
@@ -177,15 +189,30 @@ def test_nodes_of_documents_compute_what_autocast_asks_for() -> None:
     assert_close(got, want, tolerances.BFLOAT16)
 
 
-def test_nodes_of_documents_are_registered_as_pytorch_wants_them() -> None:
+@pytest.mark.parametrize(
+    ("name", "others", "options"),
+    [
+        ("softmax_packed", [], (0.5, True, None, 0.0)),
+        ("dilated_packed", [None, None, None], ([8, 16], [1, 3], "mod", True, 0.5, 0.0, False, False)),
+    ],
+)
+def test_nodes_of_documents_are_registered_as_pytorch_wants_them(name: str, others: list[None], options: tuple) -> None:
     x = attended(softmax_attention)
-    tensors = [tensor.requires_grad_(name != "k") for name, tensor in x.items()]
-    options = (0.5, True, None, 0.0)
+    tensors = [*(tensor.requires_grad_(key != "k") for key, tensor in x.items()), *others]
+    given, wanted = (tensors, boundaries(LENGTHS), None), [True, False, True, *(False for _ in others)]
+    node, gradient_node = (getattr(torch.ops.farspan, name + part).default for part in ("", "_gradient"))
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    grad, node = torch.randn_like(x["q"]), torch.ops.farspan.softmax_packed.default
-    torch.library.opcheck(node, (tensors, boundaries(LENGTHS), None, *options), test_utils=utilities)
-    given = (grad, tensors, boundaries(LENGTHS), None, [True, False, True], *options)
-    torch.library.opcheck(torch.ops.farspan.softmax_packed_gradient.default, given, test_utils=utilities)
+    torch.library.opcheck(node, (*given, *options), test_utils=utilities)
+    torch.library.opcheck(gradient_node, (torch.randn_like(x["q"]), *given, wanted, *options), test_utils=utilities)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 100}, {"block_size": 8}], ids=str)
+def test_nodes_of_selections_give_what_they_declare(options: dict[str, Any]) -> None:
+    q, bias = (torch.randn(shape, requires_grad=True) for shape in ((1, 140, 2, 4), (1, 140, 1)))
+    with CheckedNodes():
+        dynamic_mask_attention(q, q, q, bias, keep=25, **options).sum().backward()
+    parts = ("thresholds", "slots", "live", "live_gradient")
+    assert {f"farspan::dynamic_mask_{part}" for part in parts} <= NODES
 
 
 def test_packed_documents_that_look_both_ways_are_one_graph() -> None:

@@ -454,7 +454,7 @@ def test_blocks_list_exactly_the_live_keys() -> None:
     length, keep, size = 50, 5, 8
     bias = torch.randn(1, length, 1)
     expires = expiry(bias, keep)[..., 0]
-    slots = live_slots(expires, torch.zeros(length, dtype=torch.int32), keep=keep, first_row=0, blocks=7, size=size)
+    slots = live_slots(expires, torch.zeros(length, dtype=torch.int32), None, keep, first_row=0, blocks=7, size=size)
     assert slots.shape == (1, 7, keep + size)
     for block, listed in enumerate(slots[0, :, :keep].tolist()):
         begin = block * size

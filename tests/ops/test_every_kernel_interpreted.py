@@ -18,9 +18,9 @@ ONE_TYPE = {
     "training.row_sparse_kernel": {"row_adamw_kernel"},
 }  # fmt: skip
 # Nodes of forms in PyTorch, which `test_compile.py` and `test_short_convolution.py` hold against what they declare.
-ELSEWHERE = {
-    f"farspan::{name}{part}" for name in ("gated_linear_chunked", "short_convolution") for part in ("", "_gradient")
-}
+FORMS = ("gated_linear_chunked", "short_convolution", "softmax_packed", "dilated_packed", "dynamic_mask_live")
+ELSEWHERE = {f"farspan::{name}{part}" for name in FORMS for part in ("", "_gradient")}
+ELSEWHERE |= {"farspan::dynamic_mask_thresholds", "farspan::dynamic_mask_slots"}
 
 
 @pytest.fixture

@@ -122,7 +122,7 @@ def layout_of(
             raise ShapeError(f"cu_seqlens needs batch 1, the input has {rows} rows; lay them end to end in one row.")
         varlen.check_cu_seqlens(cu_seqlens, length)
         if position_ids is None:
-            positions = varlen.position_ids(cu_seqlens).reshape(1, -1)
+            positions = varlen.position_ids(cu_seqlens, length).reshape(1, -1)
     if cache is not None:
         cache.context_length = cache.context_length or context_length or seen + length
         context_length = cache.context_length

@@ -146,7 +146,7 @@ def dilated_attention(
         contract.tensor("growth", growth, "K/2")
     if distance_bias is not None:
         contract.tensor("distance_bias", distance_bias, "H R")
-        longest = max([end - start for start, end in sequences(cu_seqlens, sizes["T"])], default=0)
+        longest = max([0] + [end - start for start, end in sequences(cu_seqlens, sizes["T"])])
         reach = min(max(segment_lengths), longest)
         if sizes["R"] % 2 == 0 or sizes["R"] < 2 * reach - 1:
             raise ShapeError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from farspan.ops._contract import plain_backward
+from farspan.ops._library import register_node
 
 # Entries of the score matrix that are formed at once: in the cache of a core, or enough to fill a GPU.
 SCORES_AT_ONCE = {"cpu": 1 << 18, "cuda": 1 << 24}
@@ -66,8 +67,7 @@ def attend_live(
     q = torch.nn.functional.pad(q, (0, 0, 0, 0, 0, blocks * size - queries))
     q = q.reshape(batch, blocks, size, units, heads // units, -1).permute(0, 3, 1, 2, 4, 5)
     before = None if before is None else by_unit(before)
-    numbers = {"keep": min(keep, keys), "first_row": keys - queries, "blocks": blocks, "size": size}
-    slots = live_slots(by_unit(expires), starts, before=before, **numbers)
+    slots = slots_node(by_unit(expires), starts, before, min(keep, keys), keys - queries, blocks, size)
     ranks = limits = None
     if chosen is not None:
         ranks, limits = (by_unit(x) for x in chosen)
@@ -86,23 +86,22 @@ def block_length(queries: int, keep: int) -> int:
 def live_slots(
     expires: Tensor,
     starts: Tensor,
-    *,
+    before: Tensor | None,
     keep: int,
     first_row: int,
     blocks: int,
     size: int,
-    before: Tensor | None = None,
 ) -> Tensor:
     """The keys that each block of queries may see: w lanes of older keys, then the block's own.
 
     Args:
         expires: `[R, S]` int32.
         starts: `[S]`, begin of each key's document.
+        before: `[R, S]`, as of `attend_live`.
         keep: w.
         first_row: place of the first query among the keys.
         blocks: number of blocks.
         size: C, rows per block.
-        before: `[R, S]`, as of `attend_live`.
 
     Returns:
         `[R, blocks, w + C]` int64, −1 for none.
@@ -137,45 +136,47 @@ class _LiveAttention(torch.autograd.Function):
     """Softmax over gathered keys; backward forms the weights again."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        packed: Tensor,
-        expires: Tensor,
-        slots: Tensor,
-        ranks: Tensor | None,
-        limits: Tensor | None,
-        first_row: int,
-        size: int,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
         """q `[N, C·Q, K + 1]`, N = R·blocks; packed `[R, S, K + 1 + V]`; slots `[R, blocks, L]`; limits `[N, C, 1]`."""
-        plan = _Plan(q, packed, expires, slots, ranks, limits, first_row, size)
-        out = q.new_empty((*q.shape[:2], packed.shape[-1] - q.shape[-1]))
-        for part in plan.parts():
-            weights, empty, gathered, _ = plan.weights(part)
-            torch.bmm(weights, gathered[..., plan.width :], out=out[part])
-            out[part].masked_fill_(empty, 0.0)
-        ctx.save_for_backward(q, packed, expires, slots, ranks, limits)
-        ctx.first_row, ctx.size = first_row, size
+        *tensors, ctx.first_row, ctx.size = arguments
+        ctx.save_for_backward(*tensors)
+        out: Tensor = live_node(*arguments)
         return out
 
     @staticmethod
     @plain_backward
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, packed, expires, slots, ranks, limits = ctx.saved_tensors
-        plan = _Plan(q, packed, expires, slots, ranks, limits, ctx.first_row, ctx.size)
-        d_q, d_packed = torch.empty_like(q), torch.zeros_like(plan.flat)
-        for part in plan.parts():
-            weights, empty, gathered, index = plan.weights(part)
-            d_rows = d_out[part].masked_fill(empty, 0.0)
-            d_gathered = torch.empty_like(gathered)
-            d_gathered[..., plan.width :] = weights.transpose(1, 2) @ d_rows
-            d_scores = torch.bmm(d_rows, gathered[..., plan.width :].transpose(1, 2))
-            d_scores.sub_((d_scores * weights).sum(-1, keepdim=True)).mul_(weights)
-            torch.bmm(d_scores, gathered[..., : plan.width], out=d_q[part])
-            d_gathered[..., : plan.width] = d_scores.transpose(1, 2) @ q[part]
-            d_packed.index_add_(0, index.flatten(), d_gathered.flatten(0, 1))
-        return d_q, d_packed.reshape(packed.shape), *[None] * 6
+        d_q, d_packed = live_gradient_node(d_out, *ctx.saved_tensors, ctx.first_row, ctx.size)
+        return d_q, d_packed, *[None] * 6
+
+
+def _attend(q: Tensor, packed: Tensor, *arguments: Any) -> Tensor:
+    plan, out = _Plan(q, packed, *arguments), _attend_room(q, packed)
+    for part in plan.parts():
+        weights, empty, gathered, _ = plan.weights(part)
+        torch.bmm(weights, gathered[..., plan.width :], out=out[part])
+        out[part].masked_fill_(empty, 0.0)
+    return out
+
+
+def _attend_room(q: Tensor, packed: Tensor, *others: Any) -> Tensor:
+    return q.new_empty((*q.shape[:2], packed.shape[-1] - q.shape[-1]))
+
+
+def _attend_gradient(d_out: Tensor, q: Tensor, packed: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    plan, d_packed = _Plan(q, packed, *arguments), packed.new_zeros(packed.shape).flatten(0, 1)
+    d_q = q.new_empty(q.shape)
+    for part in plan.parts():
+        weights, empty, gathered, index = plan.weights(part)
+        d_rows = d_out[part].masked_fill(empty, 0.0)
+        d_gathered = torch.empty_like(gathered)
+        d_gathered[..., plan.width :] = weights.transpose(1, 2) @ d_rows
+        d_scores = torch.bmm(d_rows, gathered[..., plan.width :].transpose(1, 2))
+        d_scores.sub_((d_scores * weights).sum(-1, keepdim=True)).mul_(weights)
+        torch.bmm(d_scores, gathered[..., : plan.width], out=d_q[part])
+        d_gathered[..., : plan.width] = d_scores.transpose(1, 2) @ q[part]
+        d_packed.index_add_(0, index.flatten(), d_gathered.flatten(0, 1))
+    return d_q, d_packed.view(packed.shape)
 
 
 class _Plan:
@@ -226,3 +227,23 @@ class _Plan:
         scores.unflatten(1, (self.size, group)).masked_fill_(hidden.unsqueeze(2), HIDDEN * 1e3)
         empty = hidden.all(-1).repeat_interleave(group, dim=1).unsqueeze(-1)
         return scores.softmax(-1), empty, gathered, index
+
+
+slots_node = register_node(
+    "dynamic_mask_slots(Tensor expires, Tensor starts, Tensor? before, SymInt keep, SymInt first_row, SymInt blocks, "
+    "SymInt size) -> Tensor",
+    live_slots,
+    lambda expires, starts, before, keep, first_row, blocks, size: expires.new_empty(
+        len(expires), blocks, keep + size, dtype=torch.int64
+    ),
+)
+_ARGUMENTS = (
+    "Tensor q, Tensor packed, Tensor expires, Tensor slots, Tensor? ranks, Tensor? limits, SymInt first_row, "
+    "SymInt size"
+)
+live_node = register_node(f"dynamic_mask_live({_ARGUMENTS}) -> Tensor", _attend, _attend_room)
+live_gradient_node = register_node(
+    f"dynamic_mask_live_gradient(Tensor d_out, {_ARGUMENTS}) -> (Tensor d_q, Tensor d_packed)",
+    _attend_gradient,
+    lambda d_out, q, packed, *others: (q.new_empty(q.shape), packed.new_empty(packed.shape)),
+)
