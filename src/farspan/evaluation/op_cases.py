@@ -39,15 +39,21 @@ def _gated(decay: str, module: str = "farspan.ops", name: str = "gated_linear_at
     return make
 
 
-def _metala(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
-    from farspan.ops import metala_attention
+def _metala(less: float = 0.0) -> Callable[..., Workload]:
+    """MetaLA, 8 heads of 64 × 128; every second channel's gate logits are so much less."""
 
-    heads, width, values = 8, 64, 128
-    leaves = draw("q z", rows, tokens, heads, width, dtype=dtype, device=device)
-    leaves |= draw("v", rows, tokens, heads, values, dtype=dtype, device=device)
-    leaves |= {"w": torch.zeros(heads, width, device=device, requires_grad=True)}
-    flops = 4.0 * rows * tokens * heads * width * values
-    return Workload(leaves, lambda x: metala_attention(x["q"], x["z"], x["v"], x["w"])[0], flops, 2.0)
+    def make(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
+        from farspan.ops import metala_attention
+
+        heads, width, values = 8, 64, 128
+        leaves = draw("q z", rows, tokens, heads, width, dtype=dtype, device=device)
+        leaves["z"].detach()[..., ::2] -= less
+        leaves |= draw("v", rows, tokens, heads, values, dtype=dtype, device=device)
+        leaves |= {"w": torch.zeros(heads, width, device=device, requires_grad=True)}
+        flops = 4.0 * rows * tokens * heads * width * values
+        return Workload(leaves, lambda x: metala_attention(x["q"], x["z"], x["v"], x["w"])[0], flops, 2.0)
+
+    return make
 
 
 def _cosine(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Workload:
@@ -257,7 +263,8 @@ def _peer(rows: int, tokens: int, dtype: torch.dtype, device: torch.device) -> W
 
 
 CASES: dict[str, OpCase] = {
-    "metala": OpCase(_metala, shapes=LINEAR),
+    "metala": OpCase(_metala(), shapes=LINEAR),
+    "metala_extreme": OpCase(_metala(less=100.0), shapes=LINEAR[:2]),
     "fla metala": OpCase(op_peers.metala, "metala", "fla", True),
     "gated_linear": OpCase(_gated("channel"), shapes=LINEAR),
     "fla chunk_gla": OpCase(_gated("channel", "fla.ops.gla", "chunk_gla"), "gated_linear", "fla", True),

@@ -102,8 +102,9 @@ def _over_values(
 ):  # fmt: skip
     """`x y^T` of rows of V entries at these pointers."""
     b_xy = tl.zeros([m_x.shape[0], m_y.shape[0]], tl.float32)
-    for i_v in range(tl.cdiv(V, BV)):
-        o_v = i_v * BV + tl.arange(0, BV)
+    part: tl.constexpr = BV // 2  # a loop of one step would be none, see `_sum`
+    for i_v in range(tl.cdiv(V, part)):
+        o_v = i_v * part + tl.arange(0, part)
         b_x = tl.load(p_x[:, None] + o_v[None, :], mask=m_x[:, None] & (o_v < V)[None, :], other=0.0).to(DOT)
         b_y = tl.load(p_y[None, :] + o_v[:, None], mask=m_y[None, :] & (o_v < V)[:, None], other=0.0).to(DOT)
         b_xy = tl.dot(b_x, b_y, b_xy, input_precision=PRECISION)
@@ -138,7 +139,7 @@ def _extreme_output(
     o_v, o_t = i_v * BV + tl.arange(0, BV), tl.arange(0, BT)
     row = t.to(tl.int64) * H + i_h
     own = (i_c.to(tl.int64) * H + i_h) * (K * V)
-    m_t = (t + o_t) < last
+    m_t = o_t < count
     m_y = m_t[:, None] & (o_v < V)[None, :]
     b_a = _scores(
         q, k, gate, row, o_t, m_t, count, scale, tau, H, K, BT, BK, DECAY, FAST, PART, DOT, PRECISION
@@ -171,6 +172,12 @@ def extreme_output_kernel(
 
 
 @triton.jit
+def _of_decays(x, DECAY: tl.constexpr):
+    """Sums over channels that decay together."""
+    return tl.sum(x, axis=1)[:, None] if DECAY == 1 else x
+
+
+@triton.jit
 def _extreme_gradient(
     i_c, i_h, q, k, k_tilde, v, gate, u, weight, d_out, states, d_states, dq, dk, dv, d_gate, du, d_weight, kept,
     chunks, scale, tau,
@@ -185,7 +192,7 @@ def _extreme_gradient(
     o_t = tl.arange(0, BT)
     row = t.to(tl.int64) * H + i_h
     own = place * (K * V)
-    m_t = (t + o_t) < last
+    m_t = o_t < count
     earlier, later = o_t[:, None] >= o_t[None, :], o_t[:, None] <= o_t[None, :]
     b_at = _scores(
         q, k, gate, row, o_t, m_t, count, scale, tau, H, K, BT, BK, DECAY, FAST, PART, DOT, PRECISION
@@ -208,7 +215,7 @@ def _extreme_gradient(
     b_dat = _over_values(p_v, m_t, p_do, m_t, V, BV, DOT, PRECISION)
     b_same = tl.sum(tl.where(earlier & later, b_da, 0.0), axis=1)[:, None]
     b_da = tl.where(later, b_dat, b_da).to(DOT)
-    b_sum = tl.zeros([BT], tl.float32)
+    b_sum, end = tl.zeros([BT], tl.float32), 0.0
     for i_k in tl.range(tl.cdiv(K, BK), disable_licm=True):
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = o_k < K
@@ -221,10 +228,10 @@ def _extreme_gradient(
         else:
             for i_v in range(tl.cdiv(V, BV)):
                 o_v = i_v * BV + tl.arange(0, BV)
-                m_s = (o_v < V)[:, None] & m_k[None, :]
-                b_s = tl.load(p_s[None, :] + o_v[:, None], mask=m_s, other=0.0).to(tl.float32)
-                b_ds = tl.load(p_ds[None, :] + o_v[:, None], mask=m_s, other=0.0).to(tl.float32)
-                b_kept += tl.sum(b_s * b_ds, axis=0)
+                m_s = m_k[:, None] & (o_v < V)[None, :]
+                b_s = tl.load(p_s[:, None] + o_v[None, :], mask=m_s, other=0.0).to(tl.float32)
+                b_ds = tl.load(p_ds[:, None] + o_v[None, :], mask=m_s, other=0.0).to(tl.float32)
+                b_kept += tl.sum(b_s * b_ds, axis=1)
         b_q, b_k, b_g = _inputs(q, k, gate, row, o_t, o_k, m_t, scale, tau, H, K, DECAY, FAST)
         if AUGMENT:
             b_du = tl.load(du + row + o_t * H, mask=m_t, other=0.0)[:, None] / scale
@@ -232,37 +239,42 @@ def _extreme_gradient(
         b_dq *= tl.exp(_sum(earlier, b_g, FAST, PART))
         b_dk *= tl.exp(_sum(~earlier, b_g, FAST, PART))
         b_at_end = b_kept * tl.exp(tl.sum(b_g, axis=0)) + tl.sum(b_k * b_dk, axis=0)
-        size = 1
-        while size < count:
-            b_left, second = _to_middle(b_g, o_t, size, FAST, PART)
-            b_x = (tl.where(second, b_q, b_k) * b_left).to(DOT)
-            b_part = tl.where(_meet(o_t, size), b_da, 0.0)
-            b_dx = tl.dot(b_part, b_x, input_precision=PRECISION) * b_left
-            b_dq += tl.where(second, b_dx, 0.0)
-            b_dk += tl.where(second, 0.0, b_dx)
-            size *= 2
-        # What a row's own query and key give each other leaves the decays alone: it cancels in q dq - k dk.
+        b_net = _of_decays(b_q * b_dq - b_k * b_dk, DECAY)
+        # What a row's own query and key give each other leaves the decays alone.
         b_own = b_same
         if AUGMENT:
             b_w = tl.load(weight + i_h * K + o_k, mask=m_k, other=0.0).to(tl.float32)[None, :]
             b_own += b_du * b_w
         b_dq += b_own * b_k
         b_dk += b_own * b_q
+        size = 1
+        while size < count:
+            b_left, second = _to_middle(b_g, o_t, size, FAST, PART)
+            b_x = (tl.where(second, b_q, b_k) * b_left).to(DOT)
+            b_part = tl.where(_meet(o_t, size), b_da, 0.0)
+            b_dx = tl.dot(b_part, b_x, input_precision=PRECISION)
+            # Both rows of a pair take the rounded x, so that nothing is left of pairs that a decay does not part.
+            b_net += _of_decays(tl.where(second, b_dx, -b_dx) * b_x.to(tl.float32), DECAY)
+            b_dx *= b_left
+            b_dq += tl.where(second, b_dx, 0.0)
+            b_dk += tl.where(second, 0.0, b_dx)
+            size *= 2
         mask = m_t[:, None] & m_k[None, :]
         o_x = row * K + o_t[:, None] * (H * K) + o_k[None, :]
         tl.store(dq + o_x, (b_dq * scale).to(dq.dtype.element_ty), mask=mask)
-        b_dg = _sum(later, b_q * b_dq - b_k * b_dk, FAST, PART) + b_at_end[None, :]
-        if DECAY == 3:
-            b_z = tl.load(gate + o_x, mask=mask, other=0.0).to(tl.float32)
-            b_dz = (b_dg - (1 - b_k) * b_dk) * sigmoid(-b_z, FAST) * (1 / tau)
-            tl.store(d_gate + o_x, b_dz.to(d_gate.dtype.element_ty), mask=mask)
-        else:
+        if DECAY != 3:
             tl.store(dk + o_x, b_dk.to(dk.dtype.element_ty), mask=mask)
-            if DECAY == 2:
-                tl.store(d_gate + o_x, b_dg.to(d_gate.dtype.element_ty), mask=mask)
-            if DECAY == 1:
-                b_sum += tl.sum(tl.where(m_k[None, :], b_dg, 0.0), axis=1)
+        if DECAY == 1:
+            b_sum += tl.sum(b_net, axis=1)
+            end += tl.sum(b_at_end, axis=0)
+        else:
+            b_dg = _sum(later, b_net, FAST, PART) + b_at_end[None, :]
+            if DECAY == 3:
+                b_z = tl.load(gate + o_x, mask=mask, other=0.0).to(tl.float32)
+                b_dg = (b_dg - (1 - b_k) * b_dk) * sigmoid(-b_z, FAST) * (1 / tau)
+            tl.store(d_gate + o_x, b_dg.to(d_gate.dtype.element_ty), mask=mask)
     if DECAY == 1:
+        b_sum = tl.cumsum(b_sum, axis=0, reverse=True) + end
         tl.store(d_gate + row + o_t * H, b_sum.to(d_gate.dtype.element_ty), mask=m_t)
 
 
