@@ -27,6 +27,7 @@ from farspan.ops.dilated.step import dilated_attention_step_torch
 from farspan.ops.dynamic_mask import scores_triton
 from farspan.ops.dynamic_mask.scores import dynamic_mask_scores_torch
 from farspan.ops.gated_linear import launches, rows
+from farspan.ops.gated_linear.triton import gated_linear_attention_triton
 from farspan.ops.metala.triton import metala_attention_triton
 from farspan.ops.softmax import step_triton as softmax_step
 from farspan.ops.softmax.step import softmax_attention_step_torch
@@ -91,6 +92,15 @@ def test_state_space_duality(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_metala_attention() -> None:
     call = test_kernels_interpreted.partial(metala_attention_triton, **test_kernels_interpreted.OPTIONS)
     agree(call, test_metala.attend("reference"), test_metala.make(40, batch=1), {"augmentation", "initial_state"})
+
+
+def test_outputs_of_heads_wider_than_the_kernels_are_rounded_once() -> None:
+    q, k = torch.zeros(2, 1, 1, 1, 256).half()
+    ends = torch.tensor([0, 255])  # of the first part and of the last
+    q[..., ends], k[..., ends] = 1.0, torch.tensor([1.0, 2**-11 - 1]).half()
+    v = torch.full((1, 1, 1, 3), 1 + 2**-10).half()
+    out, _ = gated_linear_attention_triton(q, k, v, None, scale=1.0, initial_state=None, cu_seqlens=None)
+    assert torch.equal(out, 2**-11 * v)
 
 
 @pytest.mark.parametrize("form", ["slack", "strict"])

@@ -1,5 +1,6 @@
 """What has gone wrong with kernels on cards before: every operator of `farspan bench ops`, wherever it applies."""
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from farspan.evaluation.op_cases import CASES
 from farspan.evaluation.op_workload import Workload
 from farspan.ops import dilated_attention, dynamic_mask_attention, gated_linear_attention
 from tests import tolerances
-from tests.ops import test_gated_linear
+from tests.ops import test_attention_kernels_gpu, test_gated_linear, test_kernels_gpu
 from tests.ops.checks import Named, assert_close, assert_same, cast, outputs_and_gradients
 
 pytestmark = [
@@ -164,14 +165,26 @@ def test_narrow_heads_of_attention(width: int) -> None:
     compare(MASKED, attended(width, bias=True))
 
 
+# Gradients of every mechanism, by tests that take little time.
+GRADIENTS: list[Callable[..., None]] = [
+    test_an_integer_scale_of_one_is_a_number_like_others,
+    test_narrow_heads_and_odd_wide_ones,
+    test_narrow_heads_of_attention,
+    test_kernels_gpu.test_packed_documents_match_torch,
+    test_kernels_gpu.test_packed_cosine_and_duality_match_torch,
+    test_attention_kernels_gpu.test_collinear_matches_reference,
+    test_attention_kernels_gpu.test_experts_match_torch,
+]
+
+
 @pytest.mark.slow
 def test_a_newer_assembler_gives_the_same(tmp_path: Path) -> None:
     assembler = Path(TOOLS) / "ptxas"
     if not assembler.is_file():
         pytest.skip(f"there is no {assembler}")
     environment = os.environ | {"TRITON_PTXAS_PATH": str(assembler), "TRITON_CACHE_DIR": str(tmp_path)}
-    wanted = "integer_scale or narrow_heads"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", wanted]
+    tests = [f"{inspect.getfile(test)}::{test.__name__}" for test in GRADIENTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", "not float32"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
 

@@ -76,8 +76,8 @@ def gated_linear_attention(
         take that of one decay per head from what is not rounded.
         The kernels take 16-bit and float32 inputs, use no atomic operations (repeated calls agree to the bit), and
         compile once per K, V, dtype and rank of the decay, whatever B, T and H are. Heads with K > 128 run as several
-        narrower ones, each with its own copy of v. Keys that heads share are laid out for each of them first;
-        `state_space_duality` reads shared keys and queries in place.
+        narrower ones, each with its own copy of v in float32. Keys that heads share are laid out for each of them
+        first; `state_space_duality` reads shared keys and queries in place.
 
     Source:
         Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (arXiv:2312.06635),

@@ -48,9 +48,10 @@ def gated_linear_attention_triton(
         log_decay = split(log_decay) if log_decay.dim() == 4 else log_decay.repeat_interleave(parts, 2)
     if initial_state is not None:
         initial_state = split(initial_state.movedim(3, 1)).movedim(1, 3)
-    v = v.repeat_interleave(parts, 2)
-    out, final = attend(split(q), split(k), v, log_decay, None, initial_state, cu_seqlens, form)
-    return out.unflatten(2, (heads, parts)).sum(3), final.unflatten(1, (heads, parts)).flatten(2, 3)[:, :, :width]
+    values = v.float().repeat_interleave(parts, 2)  # outputs come in this dtype: rounded once, after they are added
+    out, final = attend(split(q), split(k), values, log_decay, None, initial_state, cu_seqlens, form)
+    out = out.unflatten(2, (heads, parts)).sum(3).to(v.dtype)
+    return out, final.unflatten(1, (heads, parts)).flatten(2, 3)[:, :, :width]
 
 
 def attend(
