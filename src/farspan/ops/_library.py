@@ -69,8 +69,8 @@ def register_recomputed(name: str, options: str, run: Callable[..., Tensor]) -> 
             ]
             out = attend(leaves, cu_seqlens, seed, *others)
             asked = [x for x in leaves if x is not None and x.requires_grad]
-            found = torch.autograd.grad(out, asked, grad, materialize_grads=True)
-        return [x.contiguous() for x in found]
+            found = iter(torch.autograd.grad(out, asked, grad, materialize_grads=True))
+        return [next(found).contiguous() if want else grad.new_empty(0) for want in wanted]
 
     def shapes(tensors: Sequence[Tensor | None], *others: Any) -> Tensor:
         q, _, v = tensors[:3]
@@ -80,8 +80,8 @@ def register_recomputed(name: str, options: str, run: Callable[..., Tensor]) -> 
     def gradient_shapes(
         grad: Tensor, tensors: Sequence[Tensor | None], cu: Tensor, seed: Tensor | None, wanted: Sequence[bool], *_: Any
     ) -> list[Tensor]:
-        asked = [x for x, want in zip(tensors, wanted, strict=True) if x is not None and want]
-        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in asked]
+        pairs = zip(tensors, wanted, strict=True)
+        return [x.new_empty(x.shape) if want and x is not None else grad.new_empty(0) for x, want in pairs]
 
     given = "Tensor?[] tensors, Tensor cu_seqlens, Tensor? seed"
     node = register_node(f"{name}({given}, {options}) -> Tensor", torch.no_grad()(attend), shapes)
@@ -102,8 +102,8 @@ def register_recomputed(name: str, options: str, run: Callable[..., Tensor]) -> 
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             cu_seqlens, seed, *tensors = ctx.saved_tensors
             wanted = list(ctx.needs_input_grad[3:])
-            found = iter(gradient_node(grad, tensors, cu_seqlens, seed, wanted, *ctx.others))
-            return (None, None, None, *(next(found) if want else None for want in wanted))
+            found = gradient_node(grad, tensors, cu_seqlens, seed, wanted, *ctx.others)
+            return (None, None, None, *(x if want else None for x, want in zip(found, wanted, strict=True)))
 
     def call(tensors: Sequence[Tensor | None], cu_seqlens: Tensor, *others: Any, random: bool = False) -> Tensor:
         seed = torch.randint(1 << 62, ()) if random else None
