@@ -14,6 +14,7 @@ from farspan.ops.gated_linear.kernels import (
     after_first,
     cumsum,
     exp,
+    from_product,
     is_extreme,
     kept_by_walk,
     key_and_decay,
@@ -204,17 +205,18 @@ def gradient_kernel(
                 k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, FAST
             )  # fmt: skip
             b_half = tl.load(half + place * K + o_k, mask=m_k, other=0.0)
-            b_offset, b_same = after_first(b_g.to(half.dtype.element_ty), BT, FAST, PART, DECAY == 3)
-            b_offset += b_half[None, :]
+            b_g = b_g.to(half.dtype.element_ty)
+            b_offset = after_first(b_g, BT, FAST, PART) + b_half[None, :]
         b_dq *= exp(b_offset, FAST) * scale
         b_dk *= exp(-b_offset, FAST)
         tl.store(dq + base + o_x, b_dq.to(dq.dtype.element_ty), mask=mask)
         if DECAY == 3:
+            b_g = from_product(b_g, BT, FAST, PART)
             if FAST == 0:
                 b_away = sigmoid(-b_z, FAST)
             else:
-                b_away = 1 - exp(b_same * tau, FAST)
-            b_dz = (b_dg - exp(b_same, FAST) * b_dk) * b_away * (1 / tau)
+                b_away = 1 - exp(b_g * tau, FAST)
+            b_dz = (b_dg - exp(b_g, FAST) * b_dk) * b_away * (1 / tau)
             tl.store(d_gate + base + o_x, b_dz.to(d_gate.dtype.element_ty), mask=mask)
         else:
             tl.store(dk + base + o_x, b_dk.to(dk.dtype.element_ty), mask=mask)

@@ -148,11 +148,8 @@ def cumsum(
 
 
 @triton.jit
-def after_first(x, BT: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr, AGAIN: tl.constexpr):
-    """Sums down the rows without the first of all; with `AGAIN` x too, where products leave their results.
-
-    Layouts are why: what is computed from the one and the other would be computed once for each of two layouts.
-    """
+def after_first(x, BT: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr):
+    """Sums down the rows without the first of all."""
     o_t = tl.arange(0, BT)
     if FAST == 0:
         total = tl.cumsum(tl.where((o_t == 0)[:, None], 0.0, x), axis=0)
@@ -160,10 +157,18 @@ def after_first(x, BT: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr, AGA
         large, small = parts(x, FAST, PART)
         ones = ((o_t[:, None] >= o_t[None, :]) & (o_t > 0)[None, :]).to(PART)
         total = tl.dot(ones, large) + tl.dot(ones, small)
-        if AGAIN:
-            same = (o_t[:, None] == o_t[None, :]).to(PART)
-            x = tl.dot(same, large) + tl.dot(same, small)
-    return total, x
+    return total
+
+
+@triton.jit
+def from_product(x, BT: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr):
+    """The same numbers where products leave their results: what gave them is not computed again for that layout."""
+    if FAST != 0:
+        o_t = tl.arange(0, BT)
+        large, small = parts(x, FAST, PART)
+        same = (o_t[:, None] == o_t[None, :]).to(PART)
+        x = tl.dot(same, large) + tl.dot(same, small)
+    return x
 
 
 @triton.jit
@@ -217,9 +222,8 @@ def prepare_kernel(
         p_c = (i_c.to(tl.int64) * H + i_h) * K + o_k
         tl.store(centre + p_c, b_centre, mask=o_k < K)
         tl.store(half + p_c, b_half, mask=o_k < K)
-        b_offset, b_same = after_first(b_g, BT, FAST, PART, DECAY == 3)
         if DECAY == 3 and FAST != 0:
-            b_k = 1 - exp(b_same, FAST)
+            b_k = 1 - exp(from_product(b_g, BT, FAST, PART), FAST)
     if AUGMENT:
         b_w = tl.load(weight + i_h * K + o_k, mask=o_k < K, other=0.0).to(tl.float32)
         tl.store(u + row + o_t * H, tl.sum(b_q * b_k * b_w[None, :], axis=1), mask=m_t)
@@ -229,7 +233,7 @@ def prepare_kernel(
             b_q *= exp(cumsum(b_g, False, BT, FAST, PART), FAST)
             b_k *= exp(cumsum(b_g, True, BT, FAST, PART, True), FAST)
         else:
-            b_offset += b_start[None, :]
+            b_offset = after_first(b_g, BT, FAST, PART) + b_start[None, :]
             b_q *= exp(b_offset, FAST)
             b_k *= exp(-b_offset, FAST)
     tl.store(q_tilde + row * K + o_x, b_q.to(q_tilde.dtype.element_ty), mask=mask)
