@@ -3,7 +3,7 @@
 Those whose other tests are in float32 alone; that none is left out is for `test_every_kernel_interpreted.py`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from farspan.ops.dilated.patterns import DilatedSettings
 from farspan.ops.dilated.step import dilated_attention_step_torch
 from farspan.ops.dynamic_mask import scores_triton
 from farspan.ops.dynamic_mask.scores import dynamic_mask_scores_torch
-from farspan.ops.gated_linear import launches, rows
+from farspan.ops.gated_linear import launches, plan, rows
 from farspan.ops.gated_linear.triton import gated_linear_attention_triton
 from farspan.ops.metala.triton import metala_attention_triton
 from farspan.ops.softmax import step_triton as softmax_step
@@ -52,15 +52,16 @@ FLOAT16 = tolerances.BFLOAT16 / 4
 
 
 @pytest.fixture(autouse=True)
-def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(plan, "CHUNK", {2: 16, 4: 16})
     for module in (launches, rows):
-        monkeypatch.setattr(module, "CHUNK", 16)
         monkeypatch.setattr(module, "NARROWEST", 16)
-    for remembered in (rows._constants, launches._device_tiles, launches._constants, ssd._constants):
-        remembered.cache_clear()
     monkeypatch.setattr(softmax_step, "SIDE_BY_SIDE", 64)
     monkeypatch.setattr(cudnn, "SHORTEST", 1 << 30)
     monkeypatch.setattr(boxes, "cudnn_serves", lambda *_: True)
+    test_kernels_interpreted.forget_sizes()
+    yield
+    test_kernels_interpreted.forget_sizes()
 
 
 def agree(kernels: Callable[..., Any], formula: Callable[..., Any], x: Named, wide: Iterable[str] = ()) -> None:

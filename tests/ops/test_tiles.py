@@ -59,11 +59,11 @@ def test_warps_and_stages_of_kernels_that_share_a_table_are_measured_too() -> No
     from farspan.ops.gated_linear import rows
 
     constants = Constants({"BX": 64, "STAGES": 3})
-    assert rows._schedule("walk.values", (64, 64, 2), constants, 0) == (constants, rows.WARPS)
+    assert rows._schedule("walk.values", (64, 64, 2), constants, rows.WARPS, 0) == (constants, rows.WARPS)
     with _tiles.trial({"walk.values 64 64 2": (8, 2)}):
-        assert rows._schedule("walk.values", (64, 64, 2), constants, 0) == ({"BX": 64, "STAGES": 2}, 8)
+        assert rows._schedule("walk.values", (64, 64, 2), constants, rows.WARPS, 0) == ({"BX": 64, "STAGES": 2}, 8)
         assert _tiles.candidates()["walk.values 64 64 2"] == [(4, 3), *sorted({*rows.SCHEDULES} - {(4, 3)})]
-    assert rows._schedule("walk.values", (64, 64, 2), constants, 0) == (constants, rows.WARPS)
+    assert rows._schedule("walk.values", (64, 64, 2), constants, rows.WARPS, 0) == (constants, rows.WARPS)
 
 
 def test_warps_and_stages_of_kernels_without_tiles_of_their_own_are_measured_too() -> None:

@@ -131,7 +131,7 @@ def gradient_kernel(
     chunks, scale, tau,
     H, K: tl.constexpr, V: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     DECAY: tl.constexpr, LIMIT: tl.constexpr, AUGMENT: tl.constexpr, KEPT: tl.constexpr, BLOCKS: tl.constexpr,
-    FAST: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    TOGETHER: tl.constexpr, FAST: tl.constexpr, PART: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one chunk for all but v; with a decay per channel, those of BK channels."""
     i_c, i_h = tl.program_id(0), tl.program_id(1)
@@ -154,21 +154,22 @@ def gradient_kernel(
     b_da, b_dat = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BT], tl.float32)
     b_dq, b_dk = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32)
     b_kept = tl.zeros([BK], tl.float32)
-    for i_v in tl.static_range((V + BV - 1) // BV):  # no loop, or reads of sums between products serialise these
-        o_v = i_v * BV + tl.arange(0, BV)
-        m_v = m_t[:, None] & (o_v < V)[None, :]
-        m_s = (o_v < V)[:, None] & m_k[None, :]
-        o_y, o_s = o_t[:, None] * (H * V) + o_v[None, :], o_v[:, None] + o_k[None, :] * V
-        b_v = tl.load(v + row * V + o_y, mask=m_v, other=0.0).to(DOT)
-        b_do = tl.load(d_out + row * V + o_y, mask=m_v, other=0.0).to(DOT)
-        b_s = tl.load(states + own + o_s, mask=m_s, other=0.0).to(DOT)  # [BV, BK]
-        b_ds = tl.load(d_states + own + o_s, mask=m_s, other=0.0).to(DOT)
-        b_da = tl.dot(b_do, tl.trans(b_v), b_da, input_precision=PRECISION)
-        b_dat = tl.dot(b_v, tl.trans(b_do), b_dat, input_precision=PRECISION)
-        b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)
-        b_dk = tl.dot(b_v, b_ds, b_dk, input_precision=PRECISION)
-        if DECAY != 0 and not KEPT:
-            b_kept += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=0)
+    for i_v in range(0, tl.cdiv(V, BV), TOGETHER):
+        for i_o in tl.static_range(TOGETHER):  # no loop, or reads of sums between products serialise these
+            o_v = (i_v + i_o) * BV + tl.arange(0, BV)
+            m_v = m_t[:, None] & (o_v < V)[None, :]
+            m_s = (o_v < V)[:, None] & m_k[None, :]
+            o_y, o_s = o_t[:, None] * (H * V) + o_v[None, :], o_v[:, None] + o_k[None, :] * V
+            b_v = tl.load(v + row * V + o_y, mask=m_v, other=0.0).to(DOT)
+            b_do = tl.load(d_out + row * V + o_y, mask=m_v, other=0.0).to(DOT)
+            b_s = tl.load(states + own + o_s, mask=m_s, other=0.0).to(DOT)  # [BV, BK]
+            b_ds = tl.load(d_states + own + o_s, mask=m_s, other=0.0).to(DOT)
+            b_da = tl.dot(b_do, tl.trans(b_v), b_da, input_precision=PRECISION)
+            b_dat = tl.dot(b_v, tl.trans(b_do), b_dat, input_precision=PRECISION)
+            b_dq = tl.dot(b_do, b_s, b_dq, input_precision=PRECISION)
+            b_dk = tl.dot(b_v, b_ds, b_dk, input_precision=PRECISION)
+            if DECAY != 0 and not KEPT:
+                b_kept += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=0)
     if KEPT:
         b_kept += kept_by_walk(kept, place, o_k, K, BLOCKS)
     if DECAY == 1:
@@ -213,7 +214,7 @@ def gradient_kernel(
         if DECAY == 3:
             b_g = from_product(b_g, BT, FAST, PART)
             if FAST == 0:
-                b_away = sigmoid(-b_z, FAST)
+                b_away = sigmoid(-tl.minimum(b_z, 80.0), FAST)  # of rows behind the last, e^-z would overflow
             else:
                 b_away = 1 - exp(b_g * tau, FAST)
             b_dz = (b_dg - exp(b_g, FAST) * b_dk) * b_away * (1 / tau)

@@ -10,10 +10,9 @@ from torch import Tensor
 from farspan.ops._launch import INTERPRETED, Constants, launch
 from farspan.ops._tiles import measured, remembered
 from farspan.ops.gated_linear import chunk_kernels, extreme_kernels, kernels
-from farspan.ops.gated_linear.plan import Plan, plan_chunks
-from farspan.ops.gated_linear.tiles import CANDIDATES, NARROWEST, SCAN, Tile, Tiles, tiles, whole
+from farspan.ops.gated_linear.plan import Plan, chunk_of, plan_chunks
+from farspan.ops.gated_linear.tiles import CANDIDATES, NARROW, NARROWEST, SCAN, Tile, Tiles, family, tiles, whole
 
-CHUNK = 64
 # Numbers of a program of the row kernel.
 ROW_NUMBERS = 4096
 # Half of the range of the log decay in a chunk up to which one factorisation serves; exp of it must fit the dtype.
@@ -144,13 +143,15 @@ def run_backward(
     own_k, own_gate, own_weight = q if k is None else k, q if gate is None else gate, q if weight is None else weight
     d_key = dq if k is None else dk
     _states(prepared.q, d_out, prepared, d_final, d_states, d_initial, plan, common, back)
-    # Channels that decay by themselves share no more than d_out v^T: a program takes as many as registers hold.
-    channels = common["BK"] if common["DECAY"] < 2 else NARROWEST
+    device, size = q.get_device(), q.element_size()
+    channels, together = gradient_block(family(device), size, common["BK"], common["DECAY"])
+    own = _device_tiles(device, channels, size).gradient
+    blocks = -(-v.shape[3] // min(own[0], common["V_PADDED"])) if together else 1
     _launch(
-        chunk_kernels.gradient_kernel, (chunks, heads, common["BK"] // channels),
-        _device_tiles(q.get_device(), channels, q.element_size()).gradient, common,
+        chunk_kernels.gradient_kernel, (chunks, heads, common["BK"] // channels), own, common,
         q, own_k, prepared.q, prepared.k, v, own_gate, prepared.half, own_weight, d_out, states, d_states,
-        dq, d_key, d_gate, du, shares, kept, plan.chunks, form.scale, form.normalizer, heads, BK=channels, **sums,
+        dq, d_key, d_gate, du, shares, kept, plan.chunks, form.scale, form.normalizer, heads, BK=channels,
+        TOGETHER=blocks, **sums,
     )  # fmt: skip
     if gate is not None:
         _launch(
@@ -203,8 +204,19 @@ def _states(
     walk(entering, end, lost, (True, False, False))
 
 
+def gradient_block(family: int, size: int, width: int, decay: int) -> tuple[int, bool]:
+    """Channels of a program for gradients, and whether its products are written out rather than in a loop.
+
+    Channels that decay by themselves share no more than `d_out v^T`: a program takes as many as registers hold.
+    Hopper's products of 16 bits run on beside each other, written out, while registers last: for heads of few channels.
+    """
+    hopper = family > 8 and size == 2
+    channels = width if decay < 2 else NARROWEST if hopper or size > 2 else NARROW
+    return channels, hopper and width <= NARROWEST
+
+
 def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
-    return plan_chunks(q, cu_seqlens, CHUNK, q.shape[2] * -(-v.shape[3] // _tiles(q).state[0]))
+    return plan_chunks(q, cu_seqlens, chunk_of(q), q.shape[2] * -(-v.shape[3] // _tiles(q).state[0]))
 
 
 def _tiles(q: Tensor) -> Tiles:
@@ -213,9 +225,9 @@ def _tiles(q: Tensor) -> Tiles:
 
 @functools.cache
 def _device_tiles(device: int, width: int, size: int) -> Tiles:
+    shipped = tiles(family(device), _padded(width), size)
     if INTERPRETED:
-        return tiles(9, _padded(width), size)
-    shipped = tiles(torch.cuda.get_device_capability(device)[0], _padded(width), size)
+        return shipped
     return Tiles(*(
         measured(f"gated_linear.{name}", (_padded(width), size), tile, CANDIDATES[name], device)
         for name, tile in shipped._asdict().items()
@@ -236,7 +248,7 @@ def _many(plan: Plan) -> int:
 def _common(q: Tensor, v: Tensor, gate: Tensor | None, weight: Tensor | None, form: Form) -> Constants:
     decay = 3 if form.from_logits else 0 if gate is None else gate.dim() - 2
     switches = (decay, weight is not None, form.inside, form.normalize)
-    return _constants(q.dtype, q.shape[3], v.shape[3], CHUNK, switches)
+    return _constants(q.dtype, q.shape[3], v.shape[3], chunk_of(q), switches)
 
 
 @functools.cache

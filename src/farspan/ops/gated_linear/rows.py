@@ -11,12 +11,15 @@ from torch import Tensor
 from farspan.ops._launch import INTERPRETED, Constants, launch
 from farspan.ops._tiles import measured, remembered
 from farspan.ops.gated_linear.kernels import scan_kernel
-from farspan.ops.gated_linear.plan import Plan
-from farspan.ops.gated_linear.tiles import NARROWEST, SCAN
+from farspan.ops.gated_linear.plan import Plan, chunk_of
+from farspan.ops.gated_linear.tiles import NARROW, NARROWEST, SCAN, family
 from farspan.ops.gated_linear.walk_kernels import walk_kernel
 
-CHUNK = 64
 WARPS, STAGES = 4, 3
+# Numbers of a walk's state, in 16 bits, that so many warps hold. Twice as many take wider ones: at a time, in two
+# stages, so many tokens at most, by architecture family.
+HELD = 64 * 64
+TOKENS = {8: 16, 9: 64}
 # What `farspan bench ops --tune` tries.
 SCHEDULES = tuple((warps, stages) for warps in (4, 8) for stages in (1, 2, 3, 4))
 # Bytes of shared memory that the tiles of all stages of a pipeline may take.
@@ -132,8 +135,8 @@ class Walk(NamedTuple):
         *,
         reverse: bool,
     ) -> None:
-        constants = _constants(
-            self.x.dtype, self.x.shape[3], self.z.shape[3], CHUNK,
+        constants, warps = _constants(
+            self.x.dtype, self.x.shape[3], self.z.shape[3], chunk_of(self.x), family(self.x.get_device()),
             self.unit, self.a is not None, self.b is not None, self.factor, self.own is not None and out is not None,
             reverse, start is not None, turned, out is not None, end is not None, lost is not None, scales is not None,
         )  # fmt: skip
@@ -152,6 +155,7 @@ class Walk(NamedTuple):
             (*arguments, self.eps, heads),
             (constants["BX"], constants["BZ"], self.x.element_size()),
             constants,
+            warps,
         )
 
 
@@ -162,8 +166,9 @@ def launch_measured(
     arguments: Sequence[Any],
     numbers: tuple[int, ...],
     constants: Constants,
+    warps: int,
 ) -> None:
-    """Launches a kernel with the warps and stages that were measured on the card, otherwise as its constants say.
+    """Launches a kernel with the warps and stages that were measured on the card, otherwise with those that are given.
 
     Args:
         name: what the table calls it.
@@ -172,16 +177,19 @@ def launch_measured(
         arguments: likewise; a tensor comes first.
         numbers: what warps and stages depend on.
         constants: likewise, with `STAGES`.
+        warps: likewise.
     """
-    constants, warps = _schedule(name, numbers, constants, arguments[0].get_device())
+    constants, warps = _schedule(name, numbers, constants, warps, arguments[0].get_device())
     launch(kernel, grid, arguments, constants, warps, constants["STAGES"])
 
 
 @functools.cache
-def _schedule(name: str, numbers: tuple[int, ...], constants: Constants, device: int) -> tuple[Constants, int]:
+def _schedule(
+    name: str, numbers: tuple[int, ...], constants: Constants, warps: int, device: int
+) -> tuple[Constants, int]:
     if INTERPRETED:
-        return constants, WARPS
-    warps, stages = measured(name, numbers, (WARPS, constants["STAGES"]), SCHEDULES, device)
+        return constants, warps
+    warps, stages = measured(name, numbers, (warps, constants["STAGES"]), SCHEDULES, device)
     return constants if stages == constants["STAGES"] else Constants(constants | {"STAGES": stages}), warps
 
 
@@ -189,17 +197,25 @@ remembered(_schedule.cache_clear)
 
 
 @functools.cache
-def _constants(dtype: torch.dtype, width: int, values: int, chunk: int, *switches: int) -> Constants:
+def _constants(
+    dtype: torch.dtype, width: int, values: int, chunk: int, family: int, *switches: int
+) -> tuple[Constants, int]:
+    """Compile-time arguments of a walk, and its warps."""
     names = (
         "UNIT", "A", "B", "FACTOR", "JACOBIAN", "REVERSE", "HAS_START", "TURNED", "STORE_OUT", "STORE_END",
         "STORE_LOST", "STORE_SCALES",
     )  # fmt: skip
     named = dict(zip(names, switches, strict=True))
-    columns = padded(values) if named["JACOBIAN"] else NARROWEST
+    exact = dtype == torch.float32
+    columns = padded(values) if named["JACOBIAN"] else min(padded(values), NARROW) if exact else NARROWEST
+    warps, most = WARPS, STAGES
+    if exact or padded(width) * columns > HELD:
+        warps, most = 2 * WARPS, 2
+        chunk = min(chunk, TOKENS[max(known for known in TOKENS if known <= family)])
     sizes = {"X": width, "Z": values, "BT": chunk, "BX": padded(width), "BZ": columns}
     rows_read = (2 if named["STORE_OUT"] else 1) * sizes["BX"] + (2 if named["JACOBIAN"] else 1) * columns
-    sizes["STAGES"] = stages(STAGES, chunk * rows_read, dtype)
-    return Constants(sizes | named | arithmetic(dtype))
+    sizes["STAGES"] = stages(most, chunk * rows_read, dtype)
+    return Constants(sizes | named | arithmetic(dtype)), warps
 
 
 @functools.cache

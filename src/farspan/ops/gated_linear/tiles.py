@@ -1,11 +1,18 @@
 """Block sizes of the kernels of gated linear attention, by table."""
 
+import functools
 from typing import NamedTuple
+
+import torch
+
+from farspan.ops._launch import INTERPRETED
 
 # Warp-group matrix instructions fail on blocks of 32 columns.
 NARROWEST = 64
-# Channels of a head that a kernel holds; those of keys beyond are further heads.
-WIDEST = 128
+# Columns of a block of float32, which has no such limit.
+NARROW = 32
+# Channels of a head that a kernel holds, by bytes of an operand; those of keys beyond are further heads.
+WIDEST = {2: 128, 4: 64}
 
 Tile = tuple[int, int, int, int | None]
 WIDE = (NARROWEST, 8, 1, None)
@@ -22,14 +29,15 @@ class Tiles(NamedTuple):
     kept: Tile = (64, 4, 3, None)  # the walk that sums what decays keep
 
 
+EXACT = Tiles((NARROW, 4, 1, None), (128, 8, 1, None), (NARROW, 4, 1, None), WIDE, (NARROW, 4, 1, None))
 # (architecture family, padded K up to, bytes of an operand) -> tiles. The nearest older family serves an unlisted one.
 TILES = {
+    (8, 64, 4): EXACT,
     (8, 64, 2): Tiles((64, 4, 2, None), (128, 8, 1, None), (64, 8, 2, None), WIDE, (64, 4, 1, None)),
     (8, 128, 2): Tiles((64, 8, 1, None), (64, 8, 1, None), (64, 8, 2, None), WIDE, (64, 8, 1, None)),
-    (8, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 4, 1, None)),
+    (9, 64, 4): EXACT,
     (9, 64, 2): Tiles(),
     (9, 128, 2): Tiles((64, 4, 2, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 8, 3, None)),
-    (9, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 4, 1, None)),
 }
 
 # What `farspan bench ops --tune` tries.
@@ -40,6 +48,12 @@ CANDIDATES = {
     "prepare": ((64, 4, 1, None), (64, 4, 1, 128), (64, 4, 1, 168), (64, 8, 1, None), (64, 8, 1, 128)),
     "kept": tuple((64, warps, stages, None) for warps in (4, 8) for stages in (1, 2, 3)),
 }
+
+
+@functools.cache
+def family(device: int) -> int:
+    """The architecture family of a card; the interpreter counts as the newest that is known."""
+    return 9 if INTERPRETED else torch.cuda.get_device_capability(device)[0]
 
 
 def whole(tile: Tile, columns: int) -> Tile:

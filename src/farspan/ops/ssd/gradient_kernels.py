@@ -88,7 +88,8 @@ def value_gradient_kernel(
     # What a row gives itself does not decay, and would drown the gradient of the decay: it is taken by itself.
     b_itself = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_kq, 0.0), axis=1)
     b_kq = tl.where(o_t[:, None] < o_t[None, :], b_kq, 0.0)
-    for i_r in tl.range(0, R, num_stages=STAGES):
+    # Wide blocks leave no registers for what could be computed once.
+    for i_r in tl.range(0, R, num_stages=STAGES, disable_licm=BV > 64):
         i_h = i_g * R + i_r
         row = t.to(tl.int64) * H + i_h
         place, place_y, place_s = i_h.to(tl.int64) * rows + t, row * V, (i_c.to(tl.int64) * H + i_h) * (K * V)
