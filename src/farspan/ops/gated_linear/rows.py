@@ -16,8 +16,8 @@ from farspan.ops.gated_linear.tiles import NARROW, NARROWEST, SCAN, family
 from farspan.ops.gated_linear.walk_kernels import walk_kernel
 
 WARPS, STAGES = 4, 3
-# Numbers of a walk's state, in 16 bits, that so many warps hold. Twice as many take wider ones: at a time, in two
-# stages, so many tokens at most, by architecture family.
+# Numbers of a walk's state, in 16 bits, that so many warps hold; from Hopper on twice as many where k or v is narrow.
+# Twice as many warps take wider ones: at a time, in two stages, so many tokens at most, by architecture family.
 HELD = 64 * 64
 TOKENS = {8: 16, 9: 64}
 # What `farspan bench ops --tune` tries.
@@ -209,7 +209,7 @@ def _constants(
     exact = dtype == torch.float32
     columns = padded(values) if named["JACOBIAN"] else min(padded(values), NARROW) if exact else NARROWEST
     warps, most = WARPS, STAGES
-    if exact or padded(width) * columns > HELD:
+    if exact or (padded(width) * columns > HELD if family < 9 else min(padded(width), padded(values)) > NARROWEST):
         warps, most = 2 * WARPS, 2
         chunk = min(chunk, TOKENS[max(known for known in TOKENS if known <= family)])
     sizes = {"X": width, "Z": values, "BT": chunk, "BX": padded(width), "BZ": columns}
