@@ -48,7 +48,14 @@ def test_precision(rows: int, classes: int, columns: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("classes", [512, 1003])
 def test_head(classes: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", {True: 64 * classes})
-    generator = torch.Generator("cuda").manual_seed(classes)
+    draws = [_head_errors(classes, bias, seed) for seed in range(16)]
+    for ours, theirs, largest in torch.tensor(draws).amax(0).unbind(1):  # of a loss one draw alone is chance
+        assert ours <= 2 * theirs + 1e-6 * largest
+
+
+def _head_errors(classes: int, bias: bool, seed: int) -> list[list[float]]:
+    """Errors of loss and gradients, those of the same-dtype form, and the largest entries."""
+    generator = torch.Generator("cuda").manual_seed(seed)
     hidden, weight, offset = (
         torch.randn(shape, device="cuda", generator=generator).requires_grad_()
         for shape in ((1, 150, 96), (classes, 96), (classes,))
@@ -68,6 +75,5 @@ def test_head(classes: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None
         plain = results(cross_entropy(logits.flatten(0, 1), labels.flatten()))
     logits = linear(hidden.double(), weight.double(), offset.double() if bias else None)
     want = results(cross_entropy(logits.flatten(0, 1), labels.flatten()))
-    for got, rounded, exact in zip(ours, plain, want, strict=True):
-        error, allowed = ((x.double() - exact).abs().max() for x in (got, rounded))
-        assert error <= 2 * allowed + 1e-6 * exact.abs().max()
+    errors = [[float((x.double() - y).abs().max()) for x, y in zip(side, want, strict=True)] for side in (ours, plain)]
+    return [*errors, [float(y.abs().max()) for y in want]]
