@@ -8,11 +8,9 @@ import torch
 pytest.importorskip("triton")
 
 from farspan.ops.gated_linear import rows
-from farspan.ops.gated_linear.plan import CHUNK
-from farspan.ops.gated_linear.tiles import WIDEST
 from farspan.ops.gated_linear.walk_kernels import walk_kernel
 from farspan.ops.ssd import gradient_kernels, kernels, triton
-from tests.ops.test_kernels_compiled import CASES, SPILLED_BYTES, fits
+from tests.ops.test_kernels_compiled import CASES, fits
 
 pytestmark = pytest.mark.slow
 
@@ -40,18 +38,13 @@ GROUPS = {
 }
 
 
-# Bytes where no schedule does better: in float32 the Jacobian needs the whole state, in three parts, as an operand.
-SPILLED = {("queries", torch.float32, 80): 176, ("keys", torch.float32, 80): 176}
-
-
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize(("dtype", "width"), CASES, ids=str)
 @pytest.mark.parametrize("walk", WALKS)
 def test_walks_compile(walk: str, width: int, dtype: torch.dtype, architecture: int, tmp_path: Path) -> None:
     switches = (1 if name in WALKS[walk] else 0 for name in SWITCHES)
-    values, warps = rows._constants(dtype, width, width, CHUNK[dtype.itemsize], architecture // 10, *switches)
-    most = SPILLED.get((walk, dtype, architecture), SPILLED_BYTES)
-    fits(walk_kernel, architecture, dtype, values, (warps, values["STAGES"], None), tmp_path, most)
+    values, warps = rows._constants(dtype, width, width, rows.CHUNK, architecture // 10, *switches)
+    fits(walk_kernel, architecture, dtype, values, (warps, values["STAGES"], None), tmp_path)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
@@ -59,8 +52,10 @@ def test_walks_compile(walk: str, width: int, dtype: torch.dtype, architecture: 
 @pytest.mark.parametrize("name", GROUPS)
 def test_group_kernels_compile(name: str, width: int, dtype: torch.dtype, architecture: int, tmp_path: Path) -> None:
     kernel, most, tiles, *switches = GROUPS[name]
-    state = WIDEST[dtype.itemsize]
-    values = triton._constants(dtype, state, width, CHUNK[dtype.itemsize], most, tiles, *switches)
+    state = 64 if dtype == torch.float32 else 128
+    if not triton.holds(dtype, state, width):
+        pytest.skip("gated linear attention's kernels serve this width in float32")
+    values = triton._constants(dtype, state, width, rows.CHUNK, most, tiles, *switches)
     values = dict(values) | dict.fromkeys(EVERYTHING, True)
     warps = triton._warps(architecture // 10, (values["BK"], values["BV"], dtype.itemsize))
     fits(kernel, architecture, dtype, values, (warps, values["STAGES"], None), tmp_path)
@@ -71,5 +66,5 @@ def test_group_kernels_compile(name: str, width: int, dtype: torch.dtype, archit
 def test_steps_compile(dtype: torch.dtype, architecture: int, tmp_path: Path) -> None:
     kernels_of_steps = {None: kernels.prepare_kernel, 1: gradient_kernels.step_gradient_kernel}
     for blocks, kernel in kernels_of_steps.items():
-        values = triton._step_constants(16, CHUNK[dtype.itemsize], True, True, blocks)
+        values = triton._step_constants(16, rows.CHUNK, True, True, blocks)
         fits(kernel, architecture, dtype, values, (triton.WARPS, 1, None), tmp_path)

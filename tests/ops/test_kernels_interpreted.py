@@ -51,9 +51,9 @@ def forget_sizes() -> None:
 
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(plan, "CHUNK", {2: 16, 4: 16})
-    monkeypatch.setattr(kernels, "NARROWEST", 16)
-    monkeypatch.setattr(rows, "NARROWEST", 16)
+    for module in (kernels, rows):
+        monkeypatch.setattr(module, "CHUNK", 16)
+        monkeypatch.setattr(module, "NARROWEST", 16)
     monkeypatch.setattr(plan, "PROGRAMS", 1)
     monkeypatch.setattr(plan, "SEGMENT", (1, 2))
     forget_sizes()
@@ -80,7 +80,7 @@ def test_gated_linear_matches_reference(length: int, decay: str) -> None:
 @pytest.mark.parametrize("decay", ["none", "head", "channel"])
 @pytest.mark.parametrize("widest", [2, 4])
 def test_heads_wider_than_the_kernels_match_reference(monkeypatch: pytest.MonkeyPatch, widest: int, decay: str) -> None:
-    monkeypatch.setattr(gated_linear_triton, "WIDEST", {4: widest})
+    monkeypatch.setattr(gated_linear_triton, "WIDEST", widest)
     x, options = test_gated_linear.make(37, decay, batch=1, sequences=3), {"cu_seqlens": boundaries([20, 0, 17])}
     want = outputs_and_gradients(test_gated_linear.attend("reference", **options), x)
     assert_same(outputs_and_gradients(gated(**options), cast(x, torch.float32)), want, tolerances.FLOAT32)
@@ -89,7 +89,7 @@ def test_heads_wider_than_the_kernels_match_reference(monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("duality")
 def test_metala_and_duality_of_such_heads_match_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (gated_linear_triton, metala_triton, ssd_triton):
-        monkeypatch.setattr(module, "WIDEST", {4: 2})
+        monkeypatch.setattr(module, "WIDEST", 2)
     x = test_metala.make(20, batch=1)
     want = outputs_and_gradients(test_metala.attend("reference"), x)
     assert_same(outputs_and_gradients(metala(), cast(x, torch.float32)), want, tolerances.FLOAT32)

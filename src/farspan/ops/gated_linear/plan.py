@@ -8,8 +8,6 @@ from torch import Tensor
 
 from farspan.ops import varlen
 
-# Tokens of a chunk, by bytes of an operand. A product of float32 is three, of parts that registers have to hold.
-CHUNK = {2: 64, 4: 16}
 # Programs of the state kernels that keep the card busy: one for each of 132 multiprocessors.
 PROGRAMS = 132
 # Fewest and most chunks of a segment.
@@ -63,11 +61,6 @@ def plan_chunks(like: Tensor, cu_seqlens: Tensor | None, chunk: int, streams: in
 
     plan: Plan = varlen.remember(cu_seqlens, ("plan", segment, chunk), build)
     return plan
-
-
-def chunk_of(like: Tensor) -> int:
-    """Tokens of a chunk of a tensor of this dtype."""
-    return CHUNK[like.element_size()]
 
 
 def most_chunks(length: int, batch: int, cu_seqlens: Tensor | None, chunk: int) -> int:

@@ -9,10 +9,10 @@ from farspan.ops._launch import INTERPRETED
 
 # Warp-group matrix instructions fail on blocks of 32 columns.
 NARROWEST = 64
-# Columns of a block of float32, which has no such limit.
+# Channels of a program where no such instruction is: before Hopper.
 NARROW = 32
-# Channels of a head that a kernel holds, by bytes of an operand; those of keys beyond are further heads.
-WIDEST = {2: 128, 4: 64}
+# Channels of a head that a kernel holds; those of keys beyond are further heads.
+WIDEST = 128
 
 Tile = tuple[int, int, int, int | None]
 WIDE = (NARROWEST, 8, 1, None)
@@ -29,15 +29,14 @@ class Tiles(NamedTuple):
     kept: Tile = (64, 4, 3, None)  # the walk that sums what decays keep
 
 
-EXACT = Tiles((NARROW, 4, 1, None), (128, 8, 1, None), (NARROW, 4, 1, None), WIDE, (NARROW, 4, 1, None))
 # (architecture family, padded K up to, bytes of an operand) -> tiles. The nearest older family serves an unlisted one.
 TILES = {
-    (8, 64, 4): EXACT,
     (8, 64, 2): Tiles((64, 4, 2, None), (128, 8, 1, None), (64, 8, 2, None), WIDE, (64, 4, 1, None)),
     (8, 128, 2): Tiles((64, 8, 1, None), (64, 8, 1, None), (64, 8, 2, None), WIDE, (64, 8, 1, None)),
-    (9, 64, 4): EXACT,
+    (8, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 4, 1, None)),
     (9, 64, 2): Tiles(),
     (9, 128, 2): Tiles((64, 4, 2, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 8, 3, None)),
+    (9, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 4, 1, None)),
 }
 
 # What `farspan bench ops --tune` tries.
