@@ -58,7 +58,9 @@ def test_group_kernels_compile(name: str, width: int, dtype: torch.dtype, archit
     values = triton._constants(dtype, state, width, rows.CHUNK, most, tiles, *switches)
     values = dict(values) | dict.fromkeys(EVERYTHING, True)
     warps = triton._warps(architecture // 10, (values["BK"], values["BV"], dtype.itemsize))
-    fits(kernel, architecture, dtype, values, (warps, values["STAGES"], None), tmp_path)
+    # Gradients of queries are summed over heads with their decays, which comes between the products of two heads.
+    apart = name == "queries"
+    fits(kernel, architecture, dtype, values, (warps, values["STAGES"], None), tmp_path, apart)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
