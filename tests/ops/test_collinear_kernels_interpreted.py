@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from farspan.ops import collinear_attention
+from farspan.ops.collinear import triton as kernels
 from farspan.ops.collinear.api import coefficients_by_means
 from farspan.ops.collinear.triton import collinear_attention_triton, collinear_coefficients_triton
 from tests import tolerances
 from tests.ops.checks import assert_close
+from tests.ops.recording import rehearsed_and_launched
 from tests.ops.test_collinear import table
 
 PARTS = [
@@ -56,6 +58,21 @@ def test_coefficients_match_their_formula(rotary_dim: int, tie: str) -> None:
     got = results(lambda x: collinear_coefficients_triton(x, rotary_dim, tie), [raw])
     for name, a, b in zip(("t", "d_raw"), got, want, strict=True):
         assert_close(a, b, tolerances.FLOAT32, name)
+
+
+def test_what_is_launched_has_been_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsed, launched = rehearsed_and_launched(kernels, monkeypatch)
+    raw, q, v = torch.randn(1, 5, 2, 6), torch.randn(1, 5, 4, 6), torch.randn(1, 5, 2, 3)
+    cos, sin = table(torch.arange(5)[None], 4)
+
+    def attend(raw: Tensor, q: Tensor) -> Tensor:
+        options = {"causal": True, "window": None, "key_mask": None, "cu_seqlens": None, "scale": 1.0}
+        t = collinear_coefficients_triton(raw, 4, "rotary")
+        return collinear_attention_triton(q, t, v, cos, sin, form="slack", tie="rotary", **options)
+
+    results(attend, [raw, q])
+    assert len(launched) == 4, "forward and gradient of both"
+    assert rehearsed == launched
 
 
 def test_nothing_in_nothing_out() -> None:

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.ops import rotary_norm_triton, rotary_triton
 from farspan.ops.rotary import normed_rotary_pair_torch, rotary_pair_torch
 from farspan.ops.rotary_norm_triton import normed_rotary_pair_triton
 from farspan.ops.rotary_triton import rotary_pair_triton
 from tests import tolerances
 from tests.ops.checks import assert_close
+from tests.ops.recording import rehearsed_and_launched
 
 
 def results(call: object, q: Tensor, k: Tensor, *rest: object, every: bool = False) -> list[Tensor]:
@@ -50,6 +52,18 @@ def test_norms_match_the_formula(width: int, interleaved: bool, dtype: torch.dty
     got = run(normed_rotary_pair_triton, q, k, *norms)
     for name, a, b in zip(("q", "k", "dq", "dk", "dq_norm", "dk_norm"), got, want, strict=True):
         assert_close(a, b, tolerances.FLOAT32 if dtype == torch.float32 else 1e-3, name)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_what_is_launched_has_been_compiled_ahead(normed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rehearsed, launched = rehearsed_and_launched(rotary_norm_triton if normed else rotary_triton, monkeypatch)
+    q, k, cos, norm = (torch.ones(shape) for shape in ((1, 3, 2, 8), (1, 3, 1, 8), (1, 3, 4), (8,)))
+    if normed:
+        results(normed_rotary_pair_triton, q, k.half(), cos, cos, (norm, norm.half()), 0.1, False)
+    else:
+        results(rotary_pair_triton, q, k.half(), cos, cos, False)
+    assert len(launched) == 2, "forward and gradient"
+    assert rehearsed == launched
 
 
 def test_no_tokens() -> None:

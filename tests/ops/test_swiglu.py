@@ -56,6 +56,20 @@ def test_gradients_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_close(ours, theirs, tolerances.FLOAT32)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 runs the kernels on a CPU")
+@pytest.mark.parametrize(("channels", "row"), [(32, 64), (32, 65), (700, 1400)])
+def test_what_is_launched_has_been_compiled_ahead(channels: int, row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from farspan.ops.swiglu import triton as kernels
+    from tests.ops.recording import rehearsed_and_launched
+
+    rehearsed, launched = rehearsed_and_launched(kernels, monkeypatch)
+    both = torch.randn(2, 3, row, requires_grad=True)
+    out = kernels.swiglu_triton(both[..., :channels], both[..., -channels:])
+    out.backward(torch.ones_like(out))
+    assert len(launched) == 2, "forward and gradient"
+    assert rehearsed == launched
+
+
 @pytest.mark.skipif(INTERPRETED, reason="needs no kernel")
 def test_shapes_have_to_agree() -> None:
     with pytest.raises(ShapeError, match="up has shape"):

@@ -1,5 +1,6 @@
 """Norm and rotation of queries and keys on a GPU: one kernel forward, one for all gradients."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,11 +8,12 @@ import triton
 from torch import Tensor
 
 from farspan.ops._contract import plain_backward
+from farspan.ops._launch import Constants, compile_ahead, launch
 from farspan.ops._library import register_node
 from farspan.ops.rotary_norm_kernels import normed_gradient_kernel, normed_kernel
 
-# Rows and heads of a program.
-BLOCK, HEADS = 16, 4
+# Rows and heads of a program, its warps and stages.
+BLOCK, HEADS, SCHEDULE = 16, 4, (4, 3)
 
 
 def normed_rotary_pair_triton(
@@ -42,21 +44,43 @@ class _NormedRotation(torch.autograd.Function):
         return dq, dk, None, None, dq_norm, dk_norm, None, None
 
 
-def _launch(kernel: Any, q: Tensor, k: Tensor, tensors: tuple[Tensor, ...], eps: float, interleaved: bool) -> None:
-    rows, (heads, width), groups = q.shape[0] * q.shape[1], q.shape[2:], k.shape[2]
-    if rows:
-        with torch.cuda.device_of(q):
-            kernel[triton.cdiv(rows, BLOCK), triton.cdiv(heads, HEADS) + triton.cdiv(groups, HEADS)](
-                *tensors, float(eps), rows, heads, groups, K=width, INTERLEAVED=interleaved, BT=BLOCK, HB=HEADS,
-                BK=triton.next_power_of_2(width), num_warps=4,
-            )  # fmt: skip
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], eps: float, interleaved: bool) -> None:
+    (batch, length, heads, width), groups = tensors[0].shape, tensors[1].shape[2]
+    rows = batch * length
+    grid = (triton.cdiv(rows, BLOCK), triton.cdiv(heads, HEADS) + triton.cdiv(groups, HEADS))
+    arguments: tuple[Any, ...] = (*tensors, float(eps), rows, heads, groups)
+    launch(kernel, grid, arguments, _constants(width, interleaved), *SCHEDULE)
+
+
+@functools.cache
+def _constants(width: int, interleaved: bool) -> Constants:
+    return Constants(K=width, INTERLEAVED=interleaved, BT=BLOCK, HB=HEADS, BK=triton.next_power_of_2(width))
+
+
+def _rehearse(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, norms: tuple[Tensor, Tensor], eps: float, interleaved: bool
+) -> None:
+    """The forward launch and that of the gradients, for one token."""
+    given = (*(x.new_empty(1, 1, *x.shape[2:]) for x in (q, k, cos, sin)), *norms)
+    made = given[:2]
+    _launch(normed_kernel, (*given, *made), eps, interleaved)
+    _launch(normed_gradient_kernel, (*given, *made, *made, *_parts(*made)), eps, interleaved)
+
+
+def _parts(q: Tensor, k: Tensor) -> list[Tensor]:
+    """What blocks of rows and of heads give to the gradients of the weights."""
+    blocks = triton.cdiv(q.shape[0] * q.shape[1], BLOCK)
+    return [q.new_empty(blocks, triton.cdiv(x.shape[2], HEADS), x.shape[3], dtype=torch.float32) for x in (q, k)]
 
 
 def _normed(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_norm: Tensor, k_norm: Tensor, eps: float, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
     made = torch.empty_like(q), torch.empty_like(k)
-    _launch(normed_kernel, q, k, (q, k, cos, sin, q_norm, k_norm, *made), eps, interleaved)
+    key = q.device, q.shape[-1], interleaved, *(x.dtype for x in (q, k, q_norm, k_norm))
+    rehearse = functools.partial(_rehearse, q, k, cos, sin, (q_norm, k_norm), eps, interleaved)
+    compile_ahead(("norm and rotation", *key), rehearse)
+    _launch(normed_kernel, (q, k, cos, sin, q_norm, k_norm, *made), eps, interleaved)
     return made
 
 
@@ -72,11 +96,9 @@ def _normed_gradient(
     eps: float,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    made = torch.empty_like(q), torch.empty_like(k)
-    blocks = triton.cdiv(q.shape[0] * q.shape[1], BLOCK)
-    parts = [q.new_empty(blocks, triton.cdiv(x.shape[2], HEADS), x.shape[3], dtype=torch.float32) for x in (q, k)]
+    made, parts = (torch.empty_like(q), torch.empty_like(k)), _parts(q, k)
     tensors = (q, k, cos, sin, q_norm, k_norm, dq, dk, *made, *parts)
-    _launch(normed_gradient_kernel, q, k, tensors, eps, interleaved)
+    _launch(normed_gradient_kernel, tensors, eps, interleaved)
     dq_norm, dk_norm = (part.sum((0, 1)).to(w.dtype) for part, w in zip(parts, (q_norm, k_norm), strict=True))
     return *made, dq_norm, dk_norm
 

@@ -1,5 +1,6 @@
 """Rotation of queries and keys on a GPU: one kernel, and one for both gradients, which turns back."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,11 +8,12 @@ import triton
 from torch import Tensor
 
 from farspan.ops._contract import plain_backward
+from farspan.ops._launch import Constants, compile_ahead, launch
 from farspan.ops._library import register_node
 from farspan.ops.rotary_kernels import rotate_kernel
 
-# Rows and heads of a program.
-BLOCK, HEADS = 16, 4
+# Rows and heads of a program, its warps and stages.
+BLOCK, HEADS, SCHEDULE = 16, 4, (4, 3)
 
 
 def rotary_pair_triton(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -38,15 +40,30 @@ class _Rotation(torch.autograd.Function):
 
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> tuple[Tensor, Tensor]:
     made = torch.empty_like(q), torch.empty_like(k)
-    rows, (heads, width), groups = q.shape[0] * q.shape[1], q.shape[2:], k.shape[2]
-    sizes = {"K": width, "R": 2 * cos.shape[-1], "BT": BLOCK, "HB": HEADS, "BK": triton.next_power_of_2(width)}
-    if rows:
-        grid = (triton.cdiv(rows, BLOCK), triton.cdiv(heads, HEADS) + triton.cdiv(groups, HEADS))
-        with torch.cuda.device_of(q):
-            rotate_kernel[grid](
-                q, k, cos, sin, *made, rows, heads, groups, INTERLEAVED=interleaved, BACK=back, **sizes, num_warps=4
-            )
+    tensors, options = (q, k, cos, sin, *made), (q.shape[-1], 2 * cos.shape[-1], interleaved)
+    compile_ahead(("rotation", q.device, q.dtype, k.dtype, *options), lambda: _rehearse(tensors, *options))
+    _launch(tensors, *options, back)
     return made
+
+
+def _rehearse(tensors: tuple[Tensor, ...], *options: Any) -> None:
+    """Both directions, for one token."""
+    little = tuple(x.new_empty(1, 1, *x.shape[2:]) for x in tensors)
+    for back in (False, True):
+        _launch(little, *options, back)
+
+
+def _launch(tensors: tuple[Tensor, ...], *options: Any) -> None:
+    (batch, length, heads, _), groups = tensors[0].shape, tensors[1].shape[2]
+    rows = batch * length
+    grid = (triton.cdiv(rows, BLOCK), triton.cdiv(heads, HEADS) + triton.cdiv(groups, HEADS))
+    launch(rotate_kernel, grid, (*tensors, rows, heads, groups), _constants(*options), *SCHEDULE)
+
+
+@functools.cache
+def _constants(width: int, rotary: int, interleaved: bool, back: bool) -> Constants:
+    switches = {"INTERLEAVED": interleaved, "BACK": back}
+    return Constants(K=width, R=rotary, **switches, BT=BLOCK, HB=HEADS, BK=triton.next_power_of_2(width))
 
 
 rotate_node = register_node(

@@ -1,5 +1,6 @@
 """Collinear attention on a GPU: one kernel makes query and key, softmax attention does the rest."""
 
+import functools
 from typing import Any
 
 import torch
@@ -7,11 +8,13 @@ import triton
 from torch import Tensor
 
 from farspan.ops._contract import plain_backward
+from farspan.ops._launch import Constants, compile_ahead, launch
 from farspan.ops._library import register_node
 from farspan.ops.collinear import kernels
 from farspan.ops.softmax.api import softmax_attention
 
-BLOCK, HEADS = 16, 4
+# Rows and heads of a program, its warps and stages.
+BLOCK, HEADS, SCHEDULE = 16, 4, (4, 3)
 
 
 def collinear_attention_triton(
@@ -65,23 +68,35 @@ def _launch(
 ) -> None:
     (batch, queries, heads, width), (keys, groups) = q.shape, t.shape[1:3]
     strict, head, scale, rotary_dim = options
-    grid = (triton.cdiv(batch * keys, BLOCK), triton.cdiv(heads, HEADS) + triton.cdiv(groups, HEADS))
     if q.numel() == 0 and t.numel() == 0:
         return
-    with torch.cuda.device_of(q):
-        kernel[grid](
-            *inputs, *outputs, scale, batch, queries, keys, heads, groups,
-            K=width, R=rotary_dim, STRICT=strict, HEAD=head, BT=BLOCK, HB=HEADS,
-            BK=triton.next_power_of_2(width), num_warps=4,
-        )  # fmt: skip
+    grid = (triton.cdiv(batch * keys, BLOCK), triton.cdiv(heads, HEADS) + triton.cdiv(groups, HEADS))
+    arguments: tuple[Any, ...] = (*inputs, *outputs, float(scale), batch, queries, keys, heads, groups)
+    constants = _constants(width, rotary_dim, ("STRICT", strict), ("HEAD", head), ("BT", BLOCK), ("HB", HEADS))
+    launch(kernel, grid, arguments, constants, *SCHEDULE)
+
+
+@functools.cache
+def _constants(width: int, rotary_dim: int, *others: tuple[str, int]) -> Constants:
+    return Constants(K=width, R=rotary_dim, **dict(others), BK=triton.next_power_of_2(width))
 
 
 def _transform(
     q: Tensor, t: Tensor, cos: Tensor, sin: Tensor, strict: bool, head: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    made = _room(q, t)
-    _launch(kernels.transform_kernel, (q, t, cos, sin), q, t, made, strict, head, scale, 2 * cos.shape[-1])
+    made, options = _room(q, t), (strict, head, scale, 2 * cos.shape[-1])
+    key = q.device, q.dtype, t.dtype, q.shape[-1], 2 * cos.shape[-1], strict, head
+    compile_ahead(("collinear", *key), lambda: _rehearse(q, t, cos, *options))
+    _launch(kernels.transform_kernel, (q, t, cos, sin), q, t, made, *options)
     return made
+
+
+def _rehearse(q: Tensor, t: Tensor, cos: Tensor, *options: Any) -> None:
+    """The forward launch and that of the gradients, for one token."""
+    q, t, cos = (x.new_empty(1, 1, *x.shape[2:]) for x in (q, t, cos))
+    made = _room(q, t)
+    _launch(kernels.transform_kernel, (q, t, cos, cos), q, t, made, *options)
+    _launch(kernels.transform_gradient_kernel, (*made, q, cos, cos), q, t, (q, t), *options)
 
 
 def _transform_gradient(
@@ -95,8 +110,17 @@ def _transform_gradient(
 
 def _coefficients(raw: Tensor, rotary_dim: int, head: bool) -> Tensor:
     t = raw.new_empty(*raw.shape[:-1], raw.shape[-1] // 2)
+    key = raw.device, raw.dtype, raw.shape[-1], rotary_dim, head
+    compile_ahead(("collinear coefficients", *key), lambda: _rehearse_rows(raw, rotary_dim, head))
     _launch_rows(kernels.coefficient_kernel, (raw, t), raw, rotary_dim, head)
     return t
+
+
+def _rehearse_rows(raw: Tensor, *options: Any) -> None:
+    """Both launches of coefficients, for one row."""
+    raw = raw.new_empty(1, raw.shape[-1])
+    _launch_rows(kernels.coefficient_kernel, (raw, raw), raw, *options)
+    _launch_rows(kernels.coefficient_gradient_kernel, (raw, raw, raw), raw, *options)
 
 
 def _coefficients_gradient(dt: Tensor, t: Tensor, rotary_dim: int, head: bool) -> Tensor:
@@ -106,11 +130,10 @@ def _coefficients_gradient(dt: Tensor, t: Tensor, rotary_dim: int, head: bool) -
 
 
 def _launch_rows(kernel: Any, tensors: tuple[Tensor, ...], wide: Tensor, rotary_dim: int, head: bool) -> None:
-    width, rows = wide.shape[-1], wide.numel() // wide.shape[-1]
-    if rows:
-        sizes = {"K": width, "R": rotary_dim, "HEAD": head, "BT": BLOCK, "BK": triton.next_power_of_2(width)}
-        with torch.cuda.device_of(wide):
-            kernel[(triton.cdiv(rows, BLOCK),)](*tensors, rows, **sizes, num_warps=4)
+    width = wide.shape[-1]
+    rows = wide.numel() // width
+    constants = _constants(width, rotary_dim, ("HEAD", head), ("BT", BLOCK))
+    launch(kernel, (triton.cdiv(rows, BLOCK),), (*tensors, rows), constants, *SCHEDULE)
 
 
 def _room(q: Tensor, t: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

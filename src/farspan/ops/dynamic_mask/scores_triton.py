@@ -1,49 +1,65 @@
 """Triton kernel of the biases and rankings of keys."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from farspan.ops._launch import Constants, launch
+from farspan.ops._library import register_node
 from farspan.ops.dynamic_mask.scores import LARGEST_EXPONENT
 
 # Rows of a program where there are many, from how many on, and channels that it holds at once.
 BLOCK, MANY, CHANNELS = 8, 1024, 128
+# Warps and stages.
+SCHEDULE = 4, 3
 
 
 def dynamic_mask_scores_triton(
     x: Tensor, weight: Tensor, offset: Tensor | None, scale: Tensor, exponential: bool
 ) -> tuple[Tensor, Tensor]:
     """The kernel's form of `dynamic_mask_scores`; arguments as there."""
-    x, heads = x.contiguous(), len(weight)
-    rows, width = x.shape[0] * x.shape[1], x.shape[2]
-    bias, ranking = (x.new_empty((*x.shape[:2], heads), dtype=torch.float32) for _ in range(2))
+    bias, ranking = scores_node(x, weight, offset, scale, exponential)
+    return bias, ranking
+
+
+def _scores(
+    x: Tensor, weight: Tensor, offset: Tensor | None, scale: Tensor, exponential: bool
+) -> tuple[Tensor, Tensor]:
+    (batch, length, width), heads = x.shape, len(weight)
+    made = _room(x, weight)
     # Few rows leave the card empty: then every head has a program of its own.
+    rows = batch * length
     few = rows < MANY
     block, together = (1, 1) if few else (BLOCK, heads)
     channels = min(triton.next_power_of_2(width), 8 * CHANNELS if few else CHANNELS)
-    if rows:
-        with torch.cuda.device_of(x):
-            scores_kernel[triton.cdiv(rows, block), triton.cdiv(heads, together)](
-                x,
-                weight.contiguous(),
-                scale.contiguous() if offset is None else offset.contiguous(),
-                scale.contiguous(),
-                bias,
-                ranking,
-                rows,
-                heads,
-                D=width,
-                BT=block,
-                BD=channels,
-                HEADS=together,
-                BM=triton.next_power_of_2(together),
-                OFFSET=offset is not None,
-                EXPONENTIAL=exponential,
-                LARGEST=LARGEST_EXPONENT,
-                num_warps=4,
-            )
+    constants = _constants(width, block, channels, together, offset is not None, exponential)
+    scale = scale.contiguous()
+    given = x.contiguous(), weight.contiguous(), scale if offset is None else offset.contiguous(), scale
+    grid = triton.cdiv(rows, block), triton.cdiv(heads, together)
+    launch(scores_kernel, grid, (*given, *made, rows, heads), constants, *SCHEDULE)
+    return made
+
+
+@functools.cache
+def _constants(width: int, rows: int, channels: int, heads: int, offset: bool, exponential: bool) -> Constants:
+    tile = {"D": width, "BT": rows, "BD": channels, "HEADS": heads, "BM": triton.next_power_of_2(heads)}
+    return Constants(**tile, OFFSET=offset, EXPONENTIAL=exponential, LARGEST=LARGEST_EXPONENT)
+
+
+def _room(x: Tensor, weight: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    bias, ranking = (x.new_empty((*x.shape[:2], weight.shape[0]), dtype=torch.float32) for _ in range(2))
     return bias, ranking
+
+
+scores_node = register_node(
+    "dynamic_mask_scores(Tensor x, Tensor weight, Tensor? offset, Tensor scale, bool exponential) "
+    "-> (Tensor bias, Tensor ranking)",
+    _scores,
+    _room,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "M"])

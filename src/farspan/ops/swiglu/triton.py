@@ -1,15 +1,19 @@
 """SwiGLU's product through Triton kernels, and its gradients, for which it keeps nothing but its arguments."""
 
+import functools
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from farspan.ops._launch import Constants, compile_ahead, launch
+from farspan.ops._library import register_node
 from farspan.ops.swiglu.api import swiglu_torch
 from farspan.ops.swiglu.kernels import gradient_kernel, swiglu_kernel
 
-CHANNELS = 512  # of one program
+# Channels of a program, its warps and stages.
+CHANNELS, SCHEDULE = 512, (4, 3)
 
 
 def swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
@@ -22,8 +26,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        out = torch.empty(gate.shape, dtype=up.dtype, device=up.device)
-        _launch(swiglu_kernel, (gate, up), (out,))
+        out: Tensor = swiglu_node(gate, up)
         return out
 
     @staticmethod
@@ -33,22 +36,62 @@ class _Product(torch.autograd.Function):
             wanted = [x for x in (gate, up) if x.requires_grad]
             found = iter(torch.autograd.grad(swiglu_torch(gate, up), wanted, gradients, create_graph=True))
             return tuple(next(found) if x.requires_grad else None for x in (gate, up))
-        d_gate, d_up = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up))
-        _launch(gradient_kernel, (*gradients, gate, up), (d_gate, d_up))
+        d_gate, d_up = swiglu_gradient_node(*gradients, gate, up)
         return d_gate, d_up
 
 
+def _product(gate: Tensor, up: Tensor) -> Tensor:
+    out, (gate, up) = _room(up), map(_evenly, (gate, up))
+    key = up.device, _constants((gate, up)), gate.dtype, up.dtype
+    compile_ahead(("swiglu", *key), lambda: _rehearse(gate, up))
+    _launch(swiglu_kernel, (gate, up), (out,))
+    return out
+
+
+def _gradients(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    made = _room(gate), _room(up)
+    _launch(gradient_kernel, tuple(map(_evenly, (d_out, gate, up))), made)
+    return made
+
+
+def _rehearse(gate: Tensor, up: Tensor) -> None:
+    """Both launches, for one token."""
+    gate, up = (x.new_empty_strided((1, 1, x.shape[2]), x.stride()) for x in (gate, up))
+    _launch(swiglu_kernel, (gate, up), (up,))
+    _launch(gradient_kernel, (_room(up), gate, up), (gate, up))
+
+
+def _room(x: Tensor) -> Tensor:
+    """Room for a result like x, without gaps."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
 def _launch(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
-    inputs = tuple(x if _regular(x) else x.contiguous() for x in inputs)
+    channels, constants = inputs[0].shape[-1], _constants(inputs)
+    grid = outputs[0].numel() // max(1, channels), triton.cdiv(channels, constants["BF"])
+    launch(kernel, grid, (*inputs, *outputs, *(x.stride(1) for x in inputs), channels), constants, *SCHEDULE)
+
+
+def _constants(inputs: tuple[Tensor, ...]) -> Constants:
     channels = inputs[0].shape[-1]
-    block = min(CHANNELS, triton.next_power_of_2(channels))
-    grid = outputs[0].numel() // max(1, channels), triton.cdiv(channels, block)
-    if 0 not in grid:
-        rows = (x.stride(1) for x in inputs)
-        with torch.cuda.device_of(outputs[0]):
-            kernel[grid](*inputs, *outputs, *rows, channels, BF=block, num_warps=4)
+    even = not any(size % 16 for size in (channels, *(x.stride(1) for x in inputs)))
+    return _form(min(CHANNELS, triton.next_power_of_2(channels)), even)
 
 
-def _regular(x: Tensor) -> bool:
-    """Whether all rows of all batches are evenly apart and their channels side by side."""
-    return x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+@functools.cache
+def _form(block: int, even: bool) -> Constants:
+    return Constants(BF=block, EVEN=even)
+
+
+def _evenly(x: Tensor) -> Tensor:
+    """x, or a copy, with channels side by side and all rows of all batches evenly apart."""
+    even = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+    return x if even else x.contiguous()
+
+
+swiglu_node = register_node("swiglu(Tensor gate, Tensor up) -> Tensor", _product, lambda gate, up: _room(up))
+swiglu_gradient_node = register_node(
+    "swiglu_gradient(Tensor d_out, Tensor gate, Tensor up) -> (Tensor d_gate, Tensor d_up)",
+    _gradients,
+    lambda d_out, gate, up: (_room(gate), _room(up)),
+)
