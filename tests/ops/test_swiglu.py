@@ -70,6 +70,20 @@ def test_what_is_launched_has_been_compiled_ahead(channels: int, row: int, monke
     assert rehearsed == launched
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 runs the kernels on a CPU")
+def test_kernels_are_one_graph_when_compiled() -> None:
+    from farspan.ops.swiglu.triton import swiglu_triton
+
+    def square(x: Tensor) -> Tensor:
+        return swiglu_triton(*x.split(32, dim=-1)).square()
+
+    x, found = torch.randn(2, 5, 64, requires_grad=True), []
+    for call in (torch.compile(square, fullgraph=True, backend="aot_eager"), square):
+        out = call(x)
+        found.append((out, *gradients(out, (x,), torch.ones_like(out))))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
 @pytest.mark.skipif(INTERPRETED, reason="needs no kernel")
 def test_shapes_have_to_agree() -> None:
     with pytest.raises(ShapeError, match="up has shape"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from farspan.ops import varlen
 from farspan.ops._contract import plain_backward
-from farspan.ops._launch import Constants, launch
+from farspan.ops._launch import Constants, evenly, launch
 from farspan.ops._library import register_node
 from farspan.ops.short_convolution.kernels import convolution_kernel, gradient_kernel
 
@@ -79,7 +79,7 @@ class _Convolution(torch.autograd.Function):
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, silu: bool
 ) -> Tensor:
-    x, (batch, length, channels) = _evenly(x), x.shape
+    x, (batch, length, channels) = evenly(x), x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     start, sequence = _documents(cu_seqlens, length, out)
     state = out if state is None else state.contiguous()
@@ -106,7 +106,7 @@ def _backward(
     cu_seqlens: Tensor | None,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, d_out, weight, (batch, length, channels) = _evenly(x), d_out.contiguous(), weight.contiguous(), x.shape
+    x, d_out, weight, (batch, length, channels) = evenly(x), d_out.contiguous(), weight.contiguous(), x.shape
     d_x, d_weight, d_bias, d_state = _gradients(d_out, x, weight, bias, state)
     start, sequence = _documents(cu_seqlens, length, d_out)
     width, before = weight.shape[1], d_x if state is None else state.contiguous()
@@ -139,12 +139,6 @@ def _gradients(
     d_bias = weight.new_empty(weight.shape[0]) if bias is None else torch.empty_like(bias)
     d_state = x.new_empty(0) if state is None else torch.zeros(state.shape, dtype=state.dtype, device=x.device)
     return d_x, d_weight, d_bias, d_state
-
-
-def _evenly(x: Tensor) -> Tensor:
-    """x, or a copy, with channels side by side and all rows of all batches evenly apart."""
-    even = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
-    return x if even else x.contiguous()
 
 
 def _even(x: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from farspan.ops._launch import Constants, compile_ahead, launch
+from farspan.ops._launch import Constants, compile_ahead, evenly, launch
 from farspan.ops._library import register_node
 from farspan.ops.swiglu.api import swiglu_torch
 from farspan.ops.swiglu.kernels import gradient_kernel, swiglu_kernel
@@ -41,7 +41,7 @@ class _Product(torch.autograd.Function):
 
 
 def _product(gate: Tensor, up: Tensor) -> Tensor:
-    out, (gate, up) = _room(up), map(_evenly, (gate, up))
+    out, (gate, up) = _room(up), map(evenly, (gate, up))
     key = up.device, _constants((gate, up)), gate.dtype, up.dtype
     compile_ahead(("swiglu", *key), lambda: _rehearse(gate, up))
     _launch(swiglu_kernel, (gate, up), (out,))
@@ -50,7 +50,7 @@ def _product(gate: Tensor, up: Tensor) -> Tensor:
 
 def _gradients(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     made = _room(gate), _room(up)
-    _launch(gradient_kernel, tuple(map(_evenly, (d_out, gate, up))), made)
+    _launch(gradient_kernel, tuple(map(evenly, (d_out, gate, up))), made)
     return made
 
 
@@ -81,12 +81,6 @@ def _constants(inputs: tuple[Tensor, ...]) -> Constants:
 @functools.cache
 def _form(block: int, even: bool) -> Constants:
     return Constants(BF=block, EVEN=even)
-
-
-def _evenly(x: Tensor) -> Tensor:
-    """x, or a copy, with channels side by side and all rows of all batches evenly apart."""
-    even = x.stride(2) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
-    return x if even else x.contiguous()
 
 
 swiglu_node = register_node("swiglu(Tensor gate, Tensor up) -> Tensor", _product, lambda gate, up: _room(up))
