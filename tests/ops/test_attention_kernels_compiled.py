@@ -38,7 +38,8 @@ APART |= {"wide lane gradient"}
 OLDER = {"wide attend": {"QB": 1}, "wide query gradient": {"QB": 1, "TURNED": True}}
 FLOAT32 = {"lses", "total", "base_lse", "cos", "sin", "bias", "lse", "delta", "dk", "dv", "d_bias", "line", "sums"}
 FLOAT32 |= {"hidden", "coefficients", "weights", "d_hidden", "d_weights", "sums", "factors"}
-TABLES = {"table", "boxes", "expires", "limits", "ranks", "windows", "ends", "starts", "before", "places"}
+FLOAT32 |= {"to_q", "to_k", "to_v", "firsts"}
+TABLES = {"table", "boxes", "expires", "limits", "ranks", "windows", "ends", "starts", "before", "places", "patterns"}
 NUMBERS = {
     "R",
     "keep",
@@ -49,6 +50,7 @@ NUMBERS = {
     "first",
     "end",
     "tokens",
+    "width",
     "rows",
     "B",
     "T",
@@ -87,6 +89,8 @@ def bags(kernel: Any, tile: tuple[int, ...], **changed: Any) -> tuple[Any, dict[
 KERNELS: dict[str, tuple[Any, dict[str, Any], int, int, bool]] = {
     "merge boxes": (dilated.merge_kernel, BOXES | {"BASE": True}, 4, 3, False),
     "sum boxes": (dilated.sum_kernel, BOXES, 4, 3, False),
+    "first rows": (dilated.first_rows_kernel, {"D": 64, "BD": 64, "ROWS": 32}, 4, 1, False),
+    "wide first rows": (dilated.first_rows_kernel, {"D": 128, "BD": 128, "ROWS": 32}, 8, 1, False),
     "rows": (rows.attend_kernel, ROWS | {"BM": 128, "EXACT": True}, 8, 2, True),
     "wide rows": (rows.attend_kernel, WIDE_ROWS | {"BM": 128, "BN": 32, "EXACT": True}, 8, 2, True),
     "rows query gradient": (rows.query_gradient_kernel, ROWS, 4, 2, True),

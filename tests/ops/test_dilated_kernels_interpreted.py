@@ -121,6 +121,21 @@ def test_turned_pairs_match_the_formula(window: int, dtype: torch.dtype, limit: 
         assert_close(got, want, limit)
 
 
+def test_gradients_by_rows_with_few_keys_are_rounded_once() -> None:
+    dtype = torch.float16  # the interpreter cuts bfloat16 off instead of rounding it
+    q, k, v, weight = (torch.randn(2, 32, 4, 16).to(dtype) for _ in range(4))
+    leaves, exact = ([x.to(kind).requires_grad_() for x in (q, k, v)] for kind in (dtype, torch.float64))
+    patterns = ((32, 1), (32, 2), (32, 4))
+    out = kernels.dilated_attention_triton(*leaves, DilatedSettings(patterns, scale=0.25))
+    segments, dilations = zip(*patterns, strict=True)
+    want = dilated_attention(*exact, segment_lengths=segments, dilations=dilations, scale=0.25, backend="reference")
+    found = torch.autograd.grad(out, leaves, weight)
+    for name, a, b in zip(("dq", "dk", "dv"), found, torch.autograd.grad(want, exact, weight.double()), strict=True):
+        rounding = b.abs() * torch.finfo(dtype).eps / 2
+        excess = ((a.double() - b).abs() - rounding).amax() / b.abs().amax()
+        assert excess <= tolerances.FLOAT32_STEP, f"{name}: {excess:.3g} of the largest entry beyond one rounding"
+
+
 def test_shared_key_heads_match_reference() -> None:
     compare(make(40, 4, 1, groups=2), [(10, 1), (40, 3)])
 

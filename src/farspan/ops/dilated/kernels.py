@@ -1,8 +1,9 @@
 """Triton kernels that join what the boxes of dilated attention give: outputs by their log-sum-exps, gradients by sum.
 
-One program takes a block of tokens of one head, and reads of every box that has the head the rows that it selects. No
-number of a box is known at compile time, or every length would have kernels of its own: `boxes.table` holds them.
-Divisions are products with a reciprocal, since a true one takes as long as a memory access.
+The gradients by rows with few keys are computed here whole. In the others one program takes a block of tokens of one
+head, and reads of every box that has the head the rows that it selects. No number of a box is known at compile time, or
+every length would have kernels of its own: `boxes.table` holds them. Divisions are products with a reciprocal, since a
+true one takes as long as a memory access.
 """
 # mypy: ignore-errors
 
@@ -92,17 +93,66 @@ def merge_kernel(
     tl.store(total + head.to(tl.int64) * tokens + token, lse, mask=real)
 
 
-@triton.jit(do_not_specialize=["first", "end", "H"])
+@triton.jit(do_not_specialize=["first", "end", "tokens", "width", "count", "H", "scale"])
+def first_rows_kernel(
+    grad, q, k, v, total, lse, patterns, to_q, to_k, to_v, first, end, tokens, width, count, H, scale,
+    D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What the rows that see no key before their window give to the gradients, `[n, H, ROWS, D]` each, in float32.
+
+    A window is the first ROWS of `width` tokens. Of every pattern `patterns` holds the segment, the dilation and the
+    offset of each head. The log-sum-exps `[H, N]` of these rows are raised in `lse`, so that boxes give them no weight.
+    """
+    window, head = tl.program_id(0), tl.program_id(1)
+    place, channel = tl.arange(0, ROWS), tl.arange(0, BD)
+    start = window * width
+    token = start + place
+    real = (place < width) & (first + token < end)
+    few = real
+    seen = tl.zeros((ROWS, ROWS), tl.float32)  # how many patterns show a key to a row
+    for i in range(count):
+        numbers = patterns + i * (H + 2)
+        inside = token % tl.load(numbers)
+        begin, taken = token - inside, inside % tl.load(numbers + 1) == tl.load(numbers + 2 + head)
+        few = few & ((begin >= start) | (taken == 0))
+        both = taken[:, None] & taken[None, :] & (begin[:, None] == begin[None, :])
+        seen += both.to(tl.float32)
+    shown = few[:, None] & real[None, :] & (place[:, None] >= place[None, :]) & (seen > 0)
+    at = ((first + token).to(tl.int64)[:, None] * H + head) * D + channel[None, :]
+    mask = real[:, None] & (channel < D)[None, :]
+    rows = tl.load(q + at, mask=mask, other=0.0).to(tl.float32)
+    keys = tl.load(k + at, mask=mask, other=0.0).to(tl.float32)
+    values = tl.load(v + at, mask=mask, other=0.0).to(tl.float32)
+    given = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+    line = head.to(tl.int64) * tokens + first + token
+    whole = tl.load(total + line, mask=real, other=0.0)
+    tl.store(lse + line, whole + 1e4, mask=few)
+    scores = tl.dot(rows, tl.trans(keys), input_precision="ieee") * scale - whole[:, None]
+    weights = tl.where(shown, seen * tl.exp(tl.where(shown, scores, 0.0)), 0.0)
+    slopes = tl.dot(given, tl.trans(values), input_precision="ieee")
+    slopes = weights * (slopes - tl.sum(weights * slopes, axis=1)[:, None]) * scale
+    at = ((window.to(tl.int64) * H + head) * ROWS + place)[:, None] * D + channel[None, :]
+    mask = (channel < D)[None, :]
+    tl.store(to_q + at, tl.dot(slopes, keys, input_precision="ieee"), mask=mask)
+    tl.store(to_k + at, tl.dot(tl.trans(slopes), rows, input_precision="ieee"), mask=mask)
+    tl.store(to_v + at, tl.dot(tl.trans(weights), given, input_precision="ieee"), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first", "end", "width", "rows", "H"])
 def sum_kernel(
-    parts, boxes, out, first, end, H,
+    parts, boxes, firsts, out, first, end, width, rows, H,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, NUMBERS: tl.constexpr, WORD: tl.constexpr,
 ):  # fmt: skip
-    """Adds gradients `[n, c, h, D]` up to `[N, H, D]`; 0 where no box selects a row."""
+    """Adds gradients `[n, c, h, D]` up to `[N, H, D]`, and float32 `[m, H, rows, D]` of the first of `width` tokens."""
     head = tl.program_id(1)
     token = first + tl.program_id(0) * BT + tl.arange(0, BT)
     channel = tl.arange(0, BD)
     real, fits = token < end, channel < D
-    acc = tl.zeros((BT, BD), tl.float32)
+    window = (token - first) // width
+    inside = token - first - window * width
+    begun = firsts + ((window.to(tl.int64) * H + head) * rows + inside)[:, None] * D + channel[None, :]
+    within = real & (inside < rows)
+    acc = tl.load(begun, mask=within[:, None] & fits[None, :], other=0.0)
     for i in tl.static_range(len(parts)):
         if _has(boxes, i, head, H, WORD):
             taken, _, by_token = _locate(boxes, i, token, head, H, len(parts), NUMBERS, WORD)

@@ -5,6 +5,9 @@ What cuDNN does not take (biases, packed documents, other dtypes and head sizes)
 The mixture is one softmax over all keys, so the gradient of each box follows from the merged output and the global
 log-sum-exp alone: q, k, v, the output and one number per row and head are all that is kept. Nothing is gathered; boxes
 are joined stretch by stretch, which bounds what they take in between.
+
+What cuDNN gives is rounded to 16 bits, box by box, and it takes the output rounded too. That shows where the weights
+are large, in causal rows with few keys: rows at the beginnings of segments get their gradients apart, in float32.
 """
 
 import functools
@@ -23,7 +26,7 @@ from farspan.ops._library import register_node
 from farspan.ops.dilated import cudnn, kernels
 from farspan.ops.dilated.boxes import NUMBERS, WORD, Box, boxes, runs, stretches, table
 from farspan.ops.dilated.limits import cudnn_serves
-from farspan.ops.dilated.patterns import DilatedSettings, sequences
+from farspan.ops.dilated.patterns import DilatedSettings, head_offsets, sequences
 from farspan.ops.dilated.rotation import turn_factors, turn_pair
 from farspan.ops.dilated.rows import attend_rows
 from farspan.ops.dilated.streams import release, side_by_side
@@ -33,6 +36,9 @@ FORWARD, BACKWARD, CALL = 3 << 28, 9 << 23, 1 << 15
 # Streams for boxes that do not fill a device one by one, and numbers from which they do, forward.
 LANES, FULL = 4, 1 << 28
 BLOCK = 64
+# Tokens from the beginning of a segment that may have few keys: in 200 draws of LongNet's ratios the largest error of a
+# gradient over that of a float32 softmax with 16-bit operands is up to 1.7 with 32, up to 1.8 with 16, and 2.8 without.
+FEW = 32
 
 
 def dilated_attention_triton(
@@ -117,6 +123,11 @@ class _Call(NamedTuple):
                 found.append((start, stop, list(boxes(patterns, self.settings.head_offset, self.heads, start, stop))))
         return found
 
+    def few(self) -> tuple[int, int]:
+        """Tokens between beginnings of the shortest segments, and how many of them may have few keys."""
+        width = min(segment for segment, _ in self.settings.patterns)
+        return width, min(FEW, max(16, triton.next_power_of_2(width)))
+
     def grid(self, start: int, stop: int) -> tuple[int, int]:
         return triton.cdiv(stop - start, BLOCK), self.heads
 
@@ -129,6 +140,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, 
     out, base_lse = (torch.empty_like(q) if base is None else q), lse  # what the base gives is written to
     with torch.cuda.device_of(q):
         key = "dilated boxes", q.device, q.dtype, *q.shape[1:], *call.settings.patterns, call.settings.head_offset
+        key = *key, call.settings.causal
         compile_ahead(key, partial(_rehearse, call, base, q, lse))
         for start, stop, some in call.stretches(FORWARD, base):
             first = [base] if base is not None and start == 0 else []
@@ -150,16 +162,20 @@ def _backward(
     call = _Call.of(q, *options)
     grad, q, k, v, out = (x.flatten(0, 1) for x in (grad, q, k, v, out))
     gradients = tuple(torch.empty_like(q) for _ in range(3))
+    apart = call.settings.causal and not detach
+    total, lse = lse, lse.clone() if apart else lse
     with torch.cuda.device_of(q):
         for start, stop, some in call.stretches(BACKWARD, None):
+            firsts = _first_rows(call, start, stop, grad, q, k, v, total, lse) if apart else None
             tensors = (grad, q, k, v, out, lse)
             parts = side_by_side(
                 [partial(_attend_backward, call, box, *tensors, detach) for box in some], q.device, LANES
             )
             for index, gradient in enumerate(gradients):
-                _sum(call, start, stop, some, [part[index] for part in parts], gradient)
+                first = None if firsts is None else firsts[index]
+                _sum(call, start, stop, some, [part[index] for part in parts], first, gradient)
             release(q.device, LANES)
-            del parts  # before the next stretch makes its own
+            del parts, firsts  # before the next stretch makes its own
     dq, dk, dv = (x.view(shape) for x in gradients)
     return dq, dk, dv
 
@@ -182,10 +198,36 @@ def _merge(
     launch(kernels.merge_kernel, call.grid(start, stop), arguments, _constants(call.width, BASE=base is not None), 4, 3)
 
 
-def _sum(call: _Call, start: int, stop: int, some: list[Box], parts: list[Tensor], gradient: Tensor) -> None:
-    """Adds up what the boxes of a stretch give to one gradient."""
+def _first_rows(
+    call: _Call, start: int, stop: int, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, total: Tensor, lse: Tensor
+) -> Tensor:
+    """Gradients of q, k and v by rows with few keys, `[3, n, H, c, K]`; `lse` keeps the boxes from giving them."""
+    width, rows = call.few()
+    windows, settings = triton.cdiv(stop - start, width), call.settings
+    found = torch.empty(3, windows, call.heads, rows, call.width, dtype=torch.float32, device=q.device)
+    patterns = _offsets(settings.patterns, settings.head_offset, call.heads, q.device)
+    numbers = start, stop, lse.shape[1], width, len(settings.patterns), call.heads, settings.scale
+    arguments = grad, q, k, v, total, lse, patterns, *found, *numbers
+    constants, warps = _first_constants(call.width, rows), 4 if call.width <= 64 else 8
+    launch(kernels.first_rows_kernel, (windows, call.heads), arguments, constants, warps)
+    return found
+
+
+def _sum(
+    call: _Call,
+    start: int,
+    stop: int,
+    some: list[Box],
+    parts: list[Tensor],
+    firsts: Tensor | None,
+    gradient: Tensor,
+) -> None:
+    """Adds up what the boxes of a stretch, and its rows with few keys, give to one gradient."""
     boxes_read = _table(tuple(some), None, call.heads, gradient.device)
-    arguments = _filled([_laid(part) for part in parts]), boxes_read, gradient, start, stop, call.heads
+    width, rows = call.few() if firsts is not None else (1, 0)
+    firsts = gradient.new_empty(1, dtype=torch.float32) if firsts is None else firsts
+    numbers = start, stop, width, rows, call.heads
+    arguments = _filled([_laid(part) for part in parts]), boxes_read, firsts, gradient, *numbers
     launch(kernels.sum_kernel, call.grid(start, stop), arguments, _constants(call.width), 4, 3)
 
 
@@ -195,7 +237,9 @@ def _rehearse(call: _Call, base: Box | None, q: Tensor, lse: Tensor) -> None:
     for start, stop, some in call.stretches(FORWARD, base):
         _merge(call, start, stop, some, base, [(part, part_lse)] * len(some), q, lse, lse)
     for start, stop, some in call.stretches(BACKWARD, None):
-        _sum(call, start, stop, some, [part] * len(some), q)
+        if call.settings.causal:
+            _first_rows(call, start, min(stop, start + 1), q, q, q, q, lse, lse)
+        _sum(call, start, stop, some, [part] * len(some), None, q)
 
 
 def _attend(call: _Call, box: Box, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,6 +286,18 @@ def _laid(x: Tensor) -> Tensor:
 def _constants(width: int, **more: bool) -> Constants:
     sizes = {"D": width, "BT": BLOCK, "BD": triton.next_power_of_2(width), "NUMBERS": NUMBERS, "WORD": WORD}
     return Constants(sizes | more)
+
+
+@functools.cache
+def _first_constants(width: int, rows: int) -> Constants:
+    return Constants({"D": width, "BD": max(16, triton.next_power_of_2(width)), "ROWS": rows})
+
+
+@functools.lru_cache(maxsize=256)
+def _offsets(patterns: tuple[tuple[int, int], ...], rule: str, heads: int, device: torch.device) -> Tensor:
+    """Segment, dilation and the offset of each head, pattern by pattern."""
+    found = [[segment, dilation, *head_offsets(rule, heads, dilation)] for segment, dilation in patterns]
+    return torch.tensor(found, dtype=torch.int32).to(device)
 
 
 def _places(count: int) -> int:
