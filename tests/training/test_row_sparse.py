@@ -211,6 +211,7 @@ def _sharded_rank(rank: int, directory: str) -> None:
         whole = {name: x.full_tensor().detach() for name, x in found.items()}
         if rank == 0:
             torch.save(whole, f"{directory}/found.pt")
+        dist.barrier()  # no rank leaves while another still talks to it
     finally:
         dist.destroy_process_group()
 
