@@ -19,6 +19,8 @@ pytestmark = [
 OTHER = torch.device("cuda:1")
 # Peers, and what takes more memory or tokens than a test should.
 LEFT_OUT = {"cdmoe_million", "dilated_one_head"}
+# Part of an operator, inside its node: torch.compile never sees it.
+INSIDE = {"expiry"}
 
 
 def compare(run: Callable[[], Named]) -> None:
@@ -33,9 +35,14 @@ def compare(run: Callable[[], Named]) -> None:
     assert_same(found[1], found[0], tolerances.BFLOAT16 / 2)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
-    "name", [name for name, case in CASES.items() if case.peer_of is None and name not in LEFT_OUT]
+    ("name", "compiled"),
+    [
+        (name, compiled)
+        for name, case in CASES.items()
+        for compiled in (False, True)
+        if case.peer_of is None and name not in LEFT_OUT and not (compiled and name in INSIDE)
+    ],
 )
 def test_operators(name: str, compiled: bool) -> None:
     workload = CASES[name].make(2, 330, torch.bfloat16, OTHER)

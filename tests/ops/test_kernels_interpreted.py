@@ -116,15 +116,23 @@ def test_float16_takes_the_fast_sums(decay: str) -> None:
     assert_same(got, want, tolerances.BFLOAT16)
 
 
+# Of one segment each, and, packed, of several; after each the tokens of the first chunks.
+GIVEN = pytest.mark.parametrize(
+    ("lengths", "first"), [([1], slice(1)), ([16], slice(16)), ([1, 48], slice(17)), ([33, 1], slice(33, 34))]
+)
+
+
 @pytest.mark.parametrize("decay", ["head", "channel"])
-@pytest.mark.parametrize("length", [1, 16])
-def test_the_gradient_of_decays_reads_a_given_state_in_float32(length: int, decay: str) -> None:
-    x = cast(test_gated_linear.make(length, decay, batch=1), torch.bfloat16)
+@GIVEN
+def test_the_gradient_of_decays_reads_a_given_state_in_float32(lengths: list[int], first: slice, decay: str) -> None:
+    x = cast(test_gated_linear.make(sum(lengths), decay, batch=1, sequences=len(lengths)), torch.bfloat16)
     x |= {name: x[name].float() for name in ("log_decay", "initial_state")}
     x["initial_state"] *= 1 + 2.0**-9  # what 16 bits would round
     x["q"], x["k"] = torch.zeros_like(x["q"]), torch.zeros_like(x["k"])  # the state alone decays
-    want = outputs_and_gradients(REFERENCE, cast(x, torch.float64))["d_log_decay"]
-    assert_close(outputs_and_gradients(gated(), x)["d_log_decay"], want, tolerances.FLOAT32)
+    cu_seqlens = boundaries(lengths)
+    want = outputs_and_gradients(test_gated_linear.attend("reference", cu_seqlens=cu_seqlens), cast(x, torch.float64))
+    got = outputs_and_gradients(gated(cu_seqlens), x)
+    assert_close(got["d_log_decay"][:, first], want["d_log_decay"][:, first], tolerances.FLOAT32)
 
 
 @pytest.mark.parametrize("decay", ["head", "channel"])
@@ -149,13 +157,16 @@ def test_pairs_give_the_gradient_of_one_decay_per_head_unrounded() -> None:
 
 
 @pytest.mark.usefixtures("duality")
-def test_the_gradient_of_steps_does_so_too() -> None:
-    x = test_ssd.make(1, batch=1)
+@GIVEN
+def test_the_gradient_of_steps_does_so_too(lengths: list[int], first: slice) -> None:
+    x = test_ssd.make(sum(lengths), batch=1, sequences=len(lengths))
     x |= {name: torch.zeros_like(x[name]) for name in ("b", "c", "x")}
     x["initial_state"] = x["initial_state"].bfloat16().double() * (1 + 2.0**-9)
-    want = outputs_and_gradients(test_ssd.attend("reference"), x)["d_a"]
+    cu_seqlens = boundaries(lengths)
+    want = outputs_and_gradients(test_ssd.attend("reference", cu_seqlens=cu_seqlens), x)["d_dt"]
     x = {name: t.to(torch.bfloat16 if name in ("b", "c", "x") else torch.float32) for name, t in x.items()}
-    assert_close(outputs_and_gradients(test_ssd.attend("torch"), x)["d_a"], want, tolerances.FLOAT32)
+    got = outputs_and_gradients(test_ssd.attend("torch", cu_seqlens=cu_seqlens), x)["d_dt"]
+    assert_close(got[:, first], want[:, first], tolerances.FLOAT32)
 
 
 @pytest.mark.parametrize("lengths", [[20, 0, 1, 34], [0, 0, 17], [48, 0]])

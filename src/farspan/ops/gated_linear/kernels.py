@@ -273,16 +273,17 @@ def state_kernel(
     """Walks a segment: forward with x = k~ and y = v for the states, in reverse with q~ and do for their gradients.
 
     In reverse it can give the gradient of v too, added to that of MetaLA's augmentation where there is one; and where
-    `KEPT`, `rowsum(S~ dS~)` of each chunk and block of V, the first with the state in front of the segment as given.
+    `KEPT`, `rowsum(S~ dS~)` of each chunk and block of V, a sequence's first with the state in front of it as given.
     """
     i_s, i_h, i_v = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, last, chunk = tl.load(segments + 3 * i_s), tl.load(segments + 3 * i_s + 1), tl.load(segments + 3 * i_s + 2)
+    first, last, chunk = tl.load(segments + 4 * i_s), tl.load(segments + 4 * i_s + 1), tl.load(segments + 4 * i_s + 2)
     count = tl.cdiv(last - first, BT)
     o_k, o_v, o_t = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, BT)
     o_s = o_k[:, None] * V + o_v[None, :]
     m_k, m_v = o_k < K, o_v < V
     m_s = m_k[:, None] & m_v[None, :]
     own = (i_s.to(tl.int64) * H + i_h) * (K * V)
+    sequence = tl.load(segments + 4 * i_s + 3)
     b_s = tl.zeros([BK, BV], tl.float32)
     if HAS_START:
         b_s += tl.load(start + own + o_s, mask=m_s, other=0.0).to(tl.float32)
@@ -320,8 +321,9 @@ def state_kernel(
             b_now = b_s * b_here[:, None]
             if KEPT:
                 b_before = tl.load(p_before, mask=m_s, other=0.0).to(tl.float32)
-                if i + 1 == count:
-                    b_before = tl.load(initial + own + o_s, mask=m_s, other=0.0).to(tl.float32) * b_in[:, None]
+                if (i + 1 == count) & (sequence >= 0):
+                    p_initial = initial + (sequence.to(tl.int64) * H + i_h) * (K * V) + o_s
+                    b_before = tl.load(p_initial, mask=m_s, other=0.0).to(tl.float32) * b_in[:, None]
                 tl.store(p_kept, tl.sum(b_before * b_now, axis=1), mask=m_k)
             b_now = b_now.to(states.dtype.element_ty)
             b_new = tl.dot(b_x.to(DOT), b_y.to(DOT), input_precision=PRECISION)

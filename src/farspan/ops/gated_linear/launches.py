@@ -137,7 +137,7 @@ def run_backward(
     chunks, heads = plan.chunks.shape[0], q.shape[2]
     d_states, back = torch.empty_like(states), Back(dv, states)
     blocks = -(-v.shape[3] // min(tiles.kept[0], common["V_PADDED"]))
-    if gate is not None and initial is not None and plan.whole:
+    if gate is not None and initial is not None:
         # States are kept in 16 bits, but for those that are given: there the walk can do better.
         back = Back(dv, states, initial, du.new_empty(chunks, heads, blocks, q.shape[3]))
     kept, sums = du if back.kept is None else back.kept, {"KEPT": back.kept is not None, "BLOCKS": blocks}
@@ -188,7 +188,7 @@ def _states(
             x, y, prepared.centre, prepared.half, end if start is None else start, end, lost, states, prepared.k,
             dv, before, end if initial is None else initial, end if kept is None else kept, plan.segments, heads,
             REVERSE=reverse, HAS_START=start is not None, STORE_STATES=inside, STORE_END=last, STORE_LOST=lost_too,
-            STORE_VALUES=reverse and inside, KEPT=kept is not None, STAGES=tile[2],
+            STORE_VALUES=reverse and inside, KEPT=inside and kept is not None, STAGES=tile[2],
         )  # fmt: skip
 
     if plan.whole:

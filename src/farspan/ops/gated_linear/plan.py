@@ -18,7 +18,7 @@ class Plan(NamedTuple):
     """Tables of int32 on the device.
 
     Attributes:
-        segments: `[num_segments, 3]`: first token, end of its tokens, first chunk.
+        segments: `[num_segments, 4]`: first token, end of its tokens, first chunk, and which sequence it begins or −1.
         offsets: `[num_seqs + 1]`: the first segment of every sequence.
         chunks: `[num_chunks, 2]`: first token, end of its sequence.
     """
@@ -84,10 +84,10 @@ def cut(spans: list[tuple[int, int]], segment: int, chunk: int, device: torch.de
     segments: list[tuple[int, ...]] = []
     chunks: list[tuple[int, ...]] = []
     offsets = [0]
-    for start, end in spans:
+    for sequence, (start, end) in enumerate(spans):
         for first in range(start, max(end, start + 1), segment):
             last = min(first + segment, end)
-            segments.append((first, last, len(chunks)))
+            segments.append((first, last, len(chunks), sequence if first == start else -1))
             chunks += [(token, end) for token in range(first, last, chunk)]
         offsets.append(len(segments))
     tables = (torch.tensor(table, dtype=torch.int32) for table in (segments, offsets, chunks))

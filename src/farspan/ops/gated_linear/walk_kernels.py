@@ -49,7 +49,7 @@ def walk_kernel(
     gradient. `TURNED` reads the state where the segment starts as its transpose.
     """
     i_s, i_h, i_z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first, last = tl.load(segments + 3 * i_s), tl.load(segments + 3 * i_s + 1)
+    first, last = tl.load(segments + 4 * i_s), tl.load(segments + 4 * i_s + 1)
     count = tl.cdiv(last - first, BT)
     o_x, o_z, o_t = tl.arange(0, BX), i_z * BZ + tl.arange(0, BZ), tl.arange(0, BT)
     m_x, m_z = o_x < X, o_z < Z

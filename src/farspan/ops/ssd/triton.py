@@ -162,15 +162,15 @@ def _walk(
         kept: receives their products with the gradients behind, `[chunks, H, blocks]`.
     """
     (heads, *_), reverse, before = x.sizes, entering is not None, start
-    initial = x.initial if plan.whole else None
     shape = plan.segments.shape[0], *end.shape[1:]
 
     def run(start: Tensor | None, end: Tensor | None, lost: Tensor | None, states: Tensor | None) -> None:
+        stores = states is not None
         switches = {
-            "REVERSE": reverse, "HAS_START": start is not None, "HAS_INITIAL": reverse and initial is not None,
-            "STORE_STATES": states is not None, "STORE_END": end is not None, "STORE_LOST": lost is not None,
+            "REVERSE": reverse, "HAS_START": start is not None, "STORE_STATES": stores, "STORE_END": end is not None,
+            "STORE_LOST": lost is not None, "HAS_INITIAL": reverse and stores and x.initial is not None,
         }  # fmt: skip
-        given = (start, end, lost, states, entering, initial, kept)
+        given = (start, end, lost, states, entering, x.initial, kept)
         arguments: tuple[Any, ...] = (*tensors, *(x.a if t is None else t for t in given), plan.segments, *x.sizes)
         constants = x.constants(STATE, 0, *switches.items(), ("BV", rows.NARROWEST))
         _launch(state_kernel, (shape[0], heads, x.blocks), arguments, constants)
