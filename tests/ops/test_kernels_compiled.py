@@ -22,16 +22,24 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from farspan.ops.gated_linear import chunk_kernels, extreme_kernels, kernels
-from farspan.ops.gated_linear.launches import CHUNK, LIMIT, ROW_NUMBERS, gradient_block
-from farspan.ops.gated_linear.tiles import NARROWEST, Tile, Tiles, tiles, whole
+from farspan.ops.gated_linear.launches import LIMIT, ROW_NUMBERS, gradient_block
+from farspan.ops.gated_linear.tiles import CHUNK, NARROWEST, WIDEST, Tile, Tiles, halved, tiles, whole
 from farspan.ops.metala.triton import LARGEST_VALUE_WIDTH
 
 pytestmark = pytest.mark.slow
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-# Of kernels of 16 bits. Products of float32 are three, of parts that registers do not hold: up to 22 KB, as it is.
 SPILLED_BYTES = 128
-CASES = [(dtype, width) for dtype in (torch.bfloat16, torch.float32) for width in (64, 128)]
+# What kernels of float32 spill on Hopper, at most: halved, they spill nothing and are slower (docs/speed.md).
+SPILLED_FLOAT32 = 4096
+# Architecture, dtype and width; wider heads of halved chunks are several.
+CASES = [
+    (architecture, dtype, width)
+    for architecture in (80, 90)
+    for dtype in (torch.bfloat16, torch.float32)
+    for width in (64, 128)
+    if width <= WIDEST // (1 + halved(architecture // 10, dtype.itemsize))
+]
 INTEGERS, FLOATS = {"rows", "count", "H", "R"}, {"scale", "tau", "eps", "low", "high"}
 TABLES = {"segments", "chunks", "offsets"}
 ALWAYS_FLOAT32 = {
@@ -41,11 +49,15 @@ ALWAYS_FLOAT32 = {
 }  # fmt: skip
 
 
-def constants(dtype: torch.dtype, width: int, decay: int) -> dict[str, Any]:
+def chunk_of(architecture: int, dtype: torch.dtype) -> int:
+    return CHUNK // (1 + halved(architecture // 10, dtype.itemsize))
+
+
+def constants(dtype: torch.dtype, width: int, decay: int, chunk: int = CHUNK) -> dict[str, Any]:
     """Compile-time arguments that the kernels share."""
     fast = 0 if dtype == torch.float32 else 2
     return {
-        "K": width, "V": 128, "BT": CHUNK, "BK": max(NARROWEST, width),
+        "K": width, "V": 128, "BT": chunk, "BK": max(NARROWEST, width),
         "DECAY": decay, "LIMIT": LIMIT[dtype],
         "AUGMENT": decay == 3, "INSIDE": True, "NORMALIZE": decay == 3,
         "FAST": fast, "PART": tl.bfloat16, "DOT": tl.bfloat16 if fast else tl.float32,
@@ -164,8 +176,8 @@ def fits(
     """Whether a kernel compiles with the card's shared memory, few bytes spilled, and its products by matrix units."""
     name, binary = kernel.__name__, compiled(kernel, architecture, dtype, dict(values), *options)
     assert binary.metadata.shared <= SHARED_MEMORY[architecture], f"{name}: {binary.metadata.shared} bytes shared"
-    if dtype == torch.bfloat16:
-        assert stack_bytes(binary, directory) <= SPILLED_BYTES, name
+    most = SPILLED_FLOAT32 if architecture == 90 and dtype == torch.float32 else SPILLED_BYTES
+    assert stack_bytes(binary, directory) <= most, name
     if "tt.dot" in binary.asm["ttir"]:
         wanted = "wgmma.mma_async" if architecture == 90 and dtype == torch.bfloat16 else r"mma\.(sync|mma_async)"
         assert re.search(wanted, binary.asm["ptx"]), f"{name}: no matrix instruction"
@@ -173,14 +185,14 @@ def fits(
             assert not serialised(binary, directory) or apart, f"{name}: products are serialised"
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("decay", [0, 1, 2, 3])
-@pytest.mark.parametrize(("dtype", "width"), CASES, ids=str)
+@pytest.mark.parametrize(("architecture", "dtype", "width"), CASES, ids=str)
 def test_kernels_compile(architecture: int, dtype: torch.dtype, width: int, decay: int, tmp_path: Path) -> None:
     for kernel, options, differing in launches(architecture, dtype, width, decay):
         # The loop over values that keeps the sums of wide heads in registers keeps its products apart.
         apart = kernel is chunk_kernels.gradient_kernel and width > NARROWEST
-        fits(kernel, architecture, dtype, constants(dtype, width, decay) | differing, options, tmp_path, apart)
+        values = constants(dtype, width, decay, chunk_of(architecture, dtype)) | differing
+        fits(kernel, architecture, dtype, values, options, tmp_path, apart)
 
 
 @pytest.mark.parametrize(("architecture", "width"), [(80, 128), (90, 64), (90, 128)])

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from farspan.ops.gated_linear import rows
 from farspan.ops.gated_linear.walk_kernels import walk_kernel
 from farspan.ops.ssd import gradient_kernels, kernels, triton
-from tests.ops.test_kernels_compiled import CASES, fits
+from tests.ops.test_kernels_compiled import CASES, chunk_of, fits
 
 pytestmark = pytest.mark.slow
 
@@ -38,24 +38,22 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize(("dtype", "width"), CASES, ids=str)
+@pytest.mark.parametrize(("architecture", "dtype", "width"), CASES, ids=str)
 @pytest.mark.parametrize("walk", WALKS)
 def test_walks_compile(walk: str, width: int, dtype: torch.dtype, architecture: int, tmp_path: Path) -> None:
     switches = (1 if name in WALKS[walk] else 0 for name in SWITCHES)
-    values, warps = rows._constants(dtype, width, width, rows.CHUNK, architecture // 10, *switches)
+    values, warps = rows._constants(dtype, width, width, chunk_of(architecture, dtype), architecture // 10, *switches)
     fits(walk_kernel, architecture, dtype, values, (warps, values["STAGES"], None), tmp_path)
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize(("dtype", "width"), CASES, ids=str)
+@pytest.mark.parametrize(("architecture", "dtype", "width"), CASES, ids=str)
 @pytest.mark.parametrize("name", GROUPS)
 def test_group_kernels_compile(name: str, width: int, dtype: torch.dtype, architecture: int, tmp_path: Path) -> None:
     kernel, most, tiles, *switches = GROUPS[name]
     state = 64 if dtype == torch.float32 else 128
     if not triton.holds(dtype, state, width):
         pytest.skip("gated linear attention's kernels serve this width in float32")
-    values = triton._constants(dtype, state, width, rows.CHUNK, most, tiles, *switches)
+    values = triton._constants(dtype, state, width, chunk_of(architecture, dtype), most, tiles, *switches)
     values = dict(values) | dict.fromkeys(EVERYTHING, True)
     warps = triton._warps(architecture // 10, (values["BK"], values["BV"], dtype.itemsize))
     # Gradients of queries are summed over heads with their decays, which comes between the products of two heads.
@@ -68,5 +66,5 @@ def test_group_kernels_compile(name: str, width: int, dtype: torch.dtype, archit
 def test_steps_compile(dtype: torch.dtype, architecture: int, tmp_path: Path) -> None:
     kernels_of_steps = {None: kernels.prepare_kernel, 1: gradient_kernels.step_gradient_kernel}
     for blocks, kernel in kernels_of_steps.items():
-        values = triton._step_constants(16, rows.CHUNK, True, True, blocks)
+        values = triton._step_constants(16, chunk_of(architecture, dtype), True, True, blocks)
         fits(kernel, architecture, dtype, values, (triton.WARPS, 1, None), tmp_path)

@@ -16,11 +16,10 @@ from farspan.ops._backend import _implementations
 from farspan.ops.cosine import triton as cosine_triton
 from farspan.ops.cosine.triton import cosine_attention_triton
 from farspan.ops.gated_linear import launches as kernels
-from farspan.ops.gated_linear import plan, rows
+from farspan.ops.gated_linear import plan, rows, tiles
 from farspan.ops.gated_linear import triton as gated_linear_triton
 from farspan.ops.gated_linear.launches import Form
 from farspan.ops.gated_linear.triton import gated_linear_attention_triton
-from farspan.ops.metala import triton as metala_triton
 from farspan.ops.metala.triton import metala_attention_triton
 from farspan.ops.ssd import triton as ssd_triton
 from farspan.ops.ssd.triton import state_space_duality_triton
@@ -51,9 +50,9 @@ def forget_sizes() -> None:
 
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (kernels, rows):
-        monkeypatch.setattr(module, "CHUNK", 16)
-        monkeypatch.setattr(module, "NARROWEST", 16)
+    monkeypatch.setattr(tiles, "CHUNK", 16)
+    monkeypatch.setattr(kernels, "NARROWEST", 16)
+    monkeypatch.setattr(rows, "NARROWEST", 16)
     monkeypatch.setattr(plan, "PROGRAMS", 1)
     monkeypatch.setattr(plan, "SEGMENT", (1, 2))
     forget_sizes()
@@ -80,7 +79,7 @@ def test_gated_linear_matches_reference(length: int, decay: str) -> None:
 @pytest.mark.parametrize("decay", ["none", "head", "channel"])
 @pytest.mark.parametrize("widest", [2, 4])
 def test_heads_wider_than_the_kernels_match_reference(monkeypatch: pytest.MonkeyPatch, widest: int, decay: str) -> None:
-    monkeypatch.setattr(gated_linear_triton, "WIDEST", widest)
+    monkeypatch.setattr(tiles, "WIDEST", widest)
     x, options = test_gated_linear.make(37, decay, batch=1, sequences=3), {"cu_seqlens": boundaries([20, 0, 17])}
     want = outputs_and_gradients(test_gated_linear.attend("reference", **options), x)
     assert_same(outputs_and_gradients(gated(**options), cast(x, torch.float32)), want, tolerances.FLOAT32)
@@ -88,7 +87,7 @@ def test_heads_wider_than_the_kernels_match_reference(monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("duality")
 def test_metala_and_duality_of_such_heads_match_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (gated_linear_triton, metala_triton, ssd_triton):
+    for module in (tiles, ssd_triton):
         monkeypatch.setattr(module, "WIDEST", 2)
     x = test_metala.make(20, batch=1)
     want = outputs_and_gradients(test_metala.attend("reference"), x)
@@ -96,6 +95,23 @@ def test_metala_and_duality_of_such_heads_match_reference(monkeypatch: pytest.Mo
     x = test_ssd.make(20, batch=1)
     want = outputs_and_gradients(test_ssd.attend("reference"), x)
     assert_same(outputs_and_gradients(test_ssd.attend("torch"), cast(x, torch.float32)), want, tolerances.FLOAT32)
+
+
+@pytest.mark.usefixtures("duality")
+def test_halved_chunks_and_heads_match_reference(monkeypatch: pytest.MonkeyPatch, cosine: partial) -> None:
+    for module in (tiles, kernels, rows, ssd_triton):
+        monkeypatch.setattr(module, "family", lambda device: 8)
+    monkeypatch.setattr(tiles, "CHUNK", 32)
+    forms = (
+        (REFERENCE, partial(gated(), scale=70**-0.5), test_gated_linear.make(40, "channel", batch=1, width=70)),
+        (REFERENCE, gated(), test_gated_linear.make(20, "extreme", batch=1, heads=1)),
+        (test_metala.attend("reference"), metala(), test_metala.make(40, batch=1)),
+        (test_cosine.attend("reference"), cosine, test_cosine.make(40)),
+        (test_ssd.attend("reference"), test_ssd.attend("torch"), test_ssd.make(40, batch=1)),
+    )
+    for reference, call, x in forms:
+        want = {name: t.nan_to_num() for name, t in outputs_and_gradients(reference, x).items()}
+        assert_same(outputs_and_gradients(call, cast(x, torch.float32)), want, tolerances.FLOAT32)
 
 
 @pytest.mark.parametrize("decay", ["forgetful", "extreme", "zero"])

@@ -26,7 +26,7 @@ from farspan.ops.dilated.patterns import DilatedSettings
 from farspan.ops.dilated.step import dilated_attention_step_torch
 from farspan.ops.dynamic_mask import scores_triton
 from farspan.ops.dynamic_mask.scores import dynamic_mask_scores_torch
-from farspan.ops.gated_linear import launches, rows
+from farspan.ops.gated_linear import launches, rows, tiles
 from farspan.ops.gated_linear.triton import gated_linear_attention_triton
 from farspan.ops.metala.triton import metala_attention_triton
 from farspan.ops.softmax import step_triton as softmax_step
@@ -53,8 +53,8 @@ FLOAT16 = tolerances.BFLOAT16 / 4
 
 @pytest.fixture(autouse=True)
 def _short_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tiles, "CHUNK", 16)
     for module in (launches, rows):
-        monkeypatch.setattr(module, "CHUNK", 16)
         monkeypatch.setattr(module, "NARROWEST", 16)
     monkeypatch.setattr(softmax_step, "SIDE_BY_SIDE", 64)
     monkeypatch.setattr(cudnn, "SHORTEST", 1 << 30)

@@ -21,7 +21,7 @@ from farspan.ops.cosine.torch import attend
 from farspan.ops.gated_linear import rows
 from farspan.ops.gated_linear.plan import Plan, cut, most_segments, plan_chunks
 from farspan.ops.gated_linear.rows import Walk
-from farspan.ops.gated_linear.tiles import WIDEST
+from farspan.ops.gated_linear.tiles import chunk_of, widest_of
 from farspan.ops.gated_linear.triton import gated_linear_attention_triton
 
 
@@ -32,7 +32,7 @@ def cosine_attention_triton(
 
     Bidirectional calls are two matrix products and need no kernel.
     """
-    if not call.causal or max(q.shape[-1], v.shape[-1]) > WIDEST:
+    if not call.causal or max(q.shape[-1], v.shape[-1]) > widest_of(q):
         return attend(gated_linear_attention_triton, q, k, v, initial_state, call)
     if call.padding_mask is not None:  # a vector of zeros has no direction
         padding = (call.padding_mask == 0)[..., None, None]
@@ -128,7 +128,7 @@ def _results(
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = q.new_empty(sequences, *q.shape[2:], v.shape[-1], dtype=torch.float32)
     q_scale, k_scale = (state.new_empty(q.shape[:3]) for _ in range(2))
-    segments = most_segments(q.shape[1], q.shape[0], cu_seqlens, rows.CHUNK)
+    segments = most_segments(q.shape[1], q.shape[0], cu_seqlens, chunk_of(q))
     return torch.empty_like(v), state, q_scale, k_scale, state.new_empty(segments, *state.shape[1:])
 
 
@@ -232,7 +232,7 @@ def _rehearse(
     eps: float,
 ) -> None:
     """Makes all launches on sequences of two chunks, cut into two segments and whole."""
-    chunk = rows.CHUNK
+    chunk = chunk_of(q)
     length = 2 * chunk
 
     def short(x: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ def _factor(exponent: Tensor | None, by_query: bool) -> int:
 
 
 def _plan(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
-    return plan_chunks(q, cu_seqlens, rows.CHUNK, q.shape[2] * -(-v.shape[3] // rows.NARROWEST))
+    return plan_chunks(q, cu_seqlens, chunk_of(q), q.shape[2] * -(-v.shape[3] // rows.NARROWEST))
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? log_count, Tensor? exponent, Tensor? initial, Tensor? cu_seqlens"

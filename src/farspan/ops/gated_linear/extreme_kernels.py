@@ -117,8 +117,9 @@ def _through_state(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`y + x S`."""
-    for i_k in tl.range(tl.cdiv(K, BK), disable_licm=True):
-        o_k = i_k * BK + tl.arange(0, BK)
+    part: tl.constexpr = BK if o_t.shape[0] > 32 else BK // 2  # halved chunks are those of float32, see `_over_values`
+    for i_k in tl.range(tl.cdiv(K, part), disable_licm=True):
+        o_k = i_k * part + tl.arange(0, part)
         p_x, m_x = x + o_t[:, None] * (H * K) + o_k[None, :], m_t[:, None] & (o_k < K)[None, :]
         p_s, m_s = state + o_k[:, None] * V + o_v[None, :], (o_k < K)[:, None] & (o_v < V)[None, :]
         b_x, b_s = tl.load(p_x, mask=m_x, other=0.0).to(DOT), tl.load(p_s, mask=m_s, other=0.0).to(DOT)

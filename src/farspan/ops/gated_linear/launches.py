@@ -11,9 +11,19 @@ from farspan.ops._launch import INTERPRETED, Constants, launch
 from farspan.ops._tiles import measured, remembered
 from farspan.ops.gated_linear import chunk_kernels, extreme_kernels, kernels
 from farspan.ops.gated_linear.plan import Plan, plan_chunks
-from farspan.ops.gated_linear.tiles import CANDIDATES, NARROW, NARROWEST, SCAN, Tile, Tiles, family, tiles, whole
+from farspan.ops.gated_linear.tiles import (
+    CANDIDATES,
+    NARROW,
+    NARROWEST,
+    SCAN,
+    Tile,
+    Tiles,
+    chunk_of,
+    family,
+    tiles,
+    whole,
+)
 
-CHUNK = 64
 # Numbers of a program of the row kernel.
 ROW_NUMBERS = 4096
 # Half of the range of the log decay in a chunk up to which one factorisation serves; exp of it must fit the dtype.
@@ -217,7 +227,7 @@ def gradient_block(family: int, size: int, width: int, decay: int) -> tuple[int,
 
 
 def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
-    return plan_chunks(q, cu_seqlens, CHUNK, q.shape[2] * -(-v.shape[3] // _tiles(q).state[0]))
+    return plan_chunks(q, cu_seqlens, chunk_of(q), q.shape[2] * -(-v.shape[3] // _tiles(q).state[0]))
 
 
 def _tiles(q: Tensor) -> Tiles:
@@ -249,7 +259,7 @@ def _many(plan: Plan) -> int:
 def _common(q: Tensor, v: Tensor, gate: Tensor | None, weight: Tensor | None, form: Form) -> Constants:
     decay = 3 if form.from_logits else 0 if gate is None else gate.dim() - 2
     switches = (decay, weight is not None, form.inside, form.normalize)
-    return _constants(q.dtype, q.shape[3], v.shape[3], CHUNK, switches)
+    return _constants(q.dtype, q.shape[3], v.shape[3], chunk_of(q), switches)
 
 
 @functools.cache

@@ -12,10 +12,9 @@ from farspan.ops._launch import INTERPRETED, Constants, launch
 from farspan.ops._tiles import measured, remembered
 from farspan.ops.gated_linear.kernels import scan_kernel
 from farspan.ops.gated_linear.plan import Plan
-from farspan.ops.gated_linear.tiles import NARROWEST, SCAN, family
+from farspan.ops.gated_linear.tiles import NARROW, NARROWEST, SCAN, chunk_of, family, halved
 from farspan.ops.gated_linear.walk_kernels import walk_kernel
 
-CHUNK = 64
 WARPS, STAGES = 4, 3
 # Numbers of a walk's state, in 16 bits, that so many warps hold; from Hopper on twice as many where k or v is narrow.
 # Twice as many warps take wider ones: at a time, in two stages, so many tokens at most, by architecture family.
@@ -137,7 +136,7 @@ class Walk(NamedTuple):
         reverse: bool,
     ) -> None:
         constants, warps = _constants(
-            self.x.dtype, self.x.shape[3], self.z.shape[3], CHUNK, family(self.x.get_device()),
+            self.x.dtype, self.x.shape[3], self.z.shape[3], chunk_of(self.x), family(self.x.get_device()),
             self.unit, self.a is not None, self.b is not None, self.factor, self.own is not None and out is not None,
             reverse, start is not None, turned, out is not None, end is not None, lost is not None, scales is not None,
         )  # fmt: skip
@@ -207,10 +206,11 @@ def _constants(
         "STORE_LOST", "STORE_SCALES",
     )  # fmt: skip
     named = dict(zip(names, switches, strict=True))
-    columns = padded(values) if named["JACOBIAN"] else NARROWEST
+    half = halved(family, dtype.itemsize)
+    columns = padded(values) if named["JACOBIAN"] else NARROW if half else NARROWEST
     warps, most = WARPS, STAGES
     wide = padded(width) * columns > HELD if family < 9 else min(padded(width), padded(values)) > NARROWEST
-    if wide and dtype != torch.float32:
+    if half or (wide and dtype != torch.float32):
         warps, most = 2 * WARPS, 2
         chunk = min(chunk, TOKENS[max(known for known in TOKENS if known <= family)])
     sizes = {"X": width, "Z": values, "BT": chunk, "BX": padded(width), "BZ": columns}

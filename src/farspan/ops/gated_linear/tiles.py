@@ -4,15 +4,16 @@ import functools
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from farspan.ops._launch import INTERPRETED
 
 # Warp-group matrix instructions fail on blocks of 32 columns.
 NARROWEST = 64
-# Channels of a program where no such instruction is: before Hopper.
+# Channels or columns of a program where no such instruction is: before Hopper.
 NARROW = 32
-# Channels of a head that a kernel holds; those of keys beyond are further heads.
-WIDEST = 128
+# Tokens of a chunk, and channels of a head that a kernel holds; those of keys beyond are further heads.
+CHUNK, WIDEST = 64, 128
 
 Tile = tuple[int, int, int, int | None]
 WIDE = (NARROWEST, 8, 1, None)
@@ -29,11 +30,13 @@ class Tiles(NamedTuple):
     kept: Tile = (64, 4, 3, None)  # the walk that sums what decays keep
 
 
+# Of halved chunks and heads.
+HALVED = Tiles((16, 8, 1, None), (128, 8, 1, None), (NARROW, 8, 1, None), WIDE, (16, 8, 1, None))
 # (architecture family, padded K up to, bytes of an operand) -> tiles. The nearest older family serves an unlisted one.
 TILES = {
+    (8, 64, 4): HALVED,
     (8, 64, 2): Tiles((64, 4, 2, None), (128, 8, 1, None), (64, 8, 2, None), WIDE, (64, 4, 1, None)),
     (8, 128, 2): Tiles((64, 8, 1, None), (64, 8, 1, None), (64, 8, 2, None), WIDE, (64, 8, 1, None)),
-    (8, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 4, 1, None)),
     (9, 64, 2): Tiles(),
     (9, 128, 2): Tiles((64, 4, 2, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 8, 3, None)),
     (9, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 4, 1, None)),
@@ -53,6 +56,25 @@ CANDIDATES = {
 def family(device: int) -> int:
     """The architecture family of a card; the interpreter counts as the newest that is known."""
     return 9 if INTERPRETED else torch.cuda.get_device_capability(device)[0]
+
+
+def halved(family: int, size: int) -> bool:
+    """Whether kernels take chunks and heads of half the size, for the bytes of an operand.
+
+    A product of float32 is three, of parts that have to be in registers before Hopper: of whole chunks, up to 22 KB a
+    thread were spilled. On Hopper it is 3 KB at most, and halved kernels, which spill nothing, are slower.
+    """
+    return size > 2 and family < 9
+
+
+def chunk_of(like: Tensor) -> int:
+    """Tokens of a chunk of a tensor, by its dtype and card."""
+    return CHUNK // 2 if halved(family(like.get_device()), like.element_size()) else CHUNK
+
+
+def widest_of(like: Tensor) -> int:
+    """Channels of a head of a tensor that a kernel holds, by its dtype and card."""
+    return WIDEST // 2 if halved(family(like.get_device()), like.element_size()) else WIDEST
 
 
 def whole(tile: Tile, columns: int) -> Tile:

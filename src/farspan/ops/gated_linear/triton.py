@@ -15,7 +15,7 @@ from farspan.ops._library import has_memory, register_node
 from farspan.ops.gated_linear import launches
 from farspan.ops.gated_linear.launches import Form
 from farspan.ops.gated_linear.plan import cut, most_chunks
-from farspan.ops.gated_linear.tiles import WIDEST
+from farspan.ops.gated_linear.tiles import chunk_of, widest_of
 
 # Bytes of states from which on the backward pass takes the halves of a batch one after the other.
 HALVED = 1 << 26
@@ -36,7 +36,7 @@ def gated_linear_attention_triton(
     A head of more key channels than the kernels hold is several narrower ones, whose outputs add.
     """
     form, (heads, width) = Form(float(scale)), q.shape[2:]
-    parts = -(-width // WIDEST)
+    parts = -(-width // widest_of(q))
     if parts == 1:
         return attend(q, k, v, log_decay, None, initial_state, cu_seqlens, form)
 
@@ -132,7 +132,7 @@ def _results(
 ) -> tuple[Tensor, ...]:
     """Room for the outputs, and for what the gradient needs: `Prepared`, the state in front of every chunk, rstd."""
     batch, length, heads, width = q.shape
-    chunks = most_chunks(length, batch, cu_seqlens, launches.CHUNK)
+    chunks = most_chunks(length, batch, cu_seqlens, chunk_of(q))
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     centre = q.new_empty(
         0 if gate is None else chunks, heads, width, dtype=torch.float64 if q.dtype == torch.float32 else torch.float32
@@ -265,7 +265,7 @@ def _rehearse(
     form: tuple[Any, ...],
 ) -> None:
     """Makes all launches on sequences of a few chunks, cut into several segments and whole."""
-    chunk = launches.CHUNK
+    chunk = chunk_of(q)
     length = 2 * chunk
 
     def short(x: Tensor) -> Tensor:

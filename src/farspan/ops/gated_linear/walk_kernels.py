@@ -102,8 +102,12 @@ def walk_kernel(
                     m_first = (t + o_t) < tl.where(i_z == 0, last, 0)
                     tl.store(x_scale + row + o_t * H, b_rx, mask=m_first)
                     tl.store(y_scale + row + o_t * H, b_ry, mask=m_first)
+            early: tl.constexpr = JACOBIAN and FAST == 0 and BT < 64  # the order that spills less of halved chunks
+            if early:
+                b_o = tl.dot(b_x.to(DOT), b_s.to(DOT), input_precision=PRECISION)
             b_xy = tl.dot(b_x.to(DOT), tl.trans(b_y).to(DOT), input_precision=PRECISION)
-            b_o = tl.dot(b_x.to(DOT), b_s.to(DOT), input_precision=PRECISION)
+            if not early:
+                b_o = tl.dot(b_x.to(DOT), b_s.to(DOT), input_precision=PRECISION)
             b_xy = tl.where(sees, b_xy, 0.0)
             if not JACOBIAN:
                 b_xy, b_o = b_xy * b_a[:, None], b_o * b_a[:, None]

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from farspan.ops.gated_linear import triton as gated_linear
-from farspan.ops.gated_linear.tiles import WIDEST
+from farspan.ops.gated_linear.tiles import widest_of
 from farspan.ops.metala.reference import metala_attention_reference
 
 # Values of a row that a program holds for its norm, by the bytes of an operand: of more, registers spill in bulk.
@@ -19,14 +19,14 @@ def metala_attention_triton(
 ) -> tuple[Tensor, Tensor]:
     """The kernels' form of `metala_attention`; arguments as there.
 
-    Without a key of its own, with at most 128 key and 256 value channels per head (128 in float32), nothing of the
-    width of k or of the decay is ever written. Otherwise the same formulas run around the kernels.
+    Without a key of its own, with at most 128 key and 256 value channels per head (in float32 128, before Hopper 64 and
+    128), nothing of the width of k or of the decay is ever written. Otherwise the same formulas run around the kernels.
 
     Returns:
         `out` `[B, T, H, V]` in v's dtype, and the final state in float32.
     """
     size = q.element_size()
-    if options["key"] is not None or q.shape[-1] > WIDEST or v.shape[-1] > LARGEST_VALUE_WIDTH[size]:
+    if options["key"] is not None or q.shape[-1] > widest_of(q) or v.shape[-1] > LARGEST_VALUE_WIDTH[size]:
         recurrence = gated_linear.gated_linear_attention_triton
         return metala_attention_reference(q, gate_logits, v, augmentation, recurrence=recurrence, **options)
     padding_mask = options["padding_mask"]

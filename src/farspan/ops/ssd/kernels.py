@@ -98,7 +98,7 @@ def state_kernel(
     """
     i_s, i_h, i_v = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first, end_t, chunk = tl.load(segments + 4 * i_s), tl.load(segments + 4 * i_s + 1), tl.load(segments + 4 * i_s + 2)
-    count, sequence = tl.cdiv(end_t - first, BT), tl.load(segments + 4 * i_s + 3)
+    count = tl.cdiv(end_t - first, BT)
     o_k, o_v, o_t = tl.arange(0, BK), i_v * BV + tl.arange(0, BV), tl.arange(0, BT)
     m_k, m_v = o_k < K, o_v < V
     groups, own = H // R, (i_s.to(tl.int64) * H + i_h) * (K * V)
@@ -127,9 +127,11 @@ def state_kernel(
             if REVERSE:
                 b_now = tl.load(entering + place_s + o_s, mask=m_s, other=0.0).to(tl.float32)
                 if HAS_INITIAL:
-                    if (i_c == 0) & (sequence >= 0):
-                        p_initial = initial + (sequence.to(tl.int64) * H + i_h) * (K * V) + o_s
-                        b_now = tl.load(p_initial, mask=m_s, other=0.0).to(tl.float32)
+                    if i_c == 0:
+                        sequence = tl.load(segments + 4 * i_s + 3)
+                        if sequence >= 0:
+                            p_initial = initial + (sequence.to(tl.int64) * H + i_h) * (K * V) + o_s
+                            b_now = tl.load(p_initial, mask=m_s, other=0.0).to(tl.float32)
                 b_kept = tl.sum(tl.sum(b_now * b_s, axis=1), axis=0) * power(b_all)
                 tl.store(kept + ((chunk + i_c) * H + i_h) * tl.num_programs(2) + i_v, b_kept)
         b_vw = (b_v.to(tl.float32) * b_w[:, None]).to(DOT)

@@ -12,7 +12,7 @@ from farspan.ops._library import register_node
 from farspan.ops.gated_linear import rows
 from farspan.ops.gated_linear.kernels import scan_kernel
 from farspan.ops.gated_linear.plan import Plan, cut, most_chunks, plan_chunks
-from farspan.ops.gated_linear.tiles import SCAN, WIDEST, family
+from farspan.ops.gated_linear.tiles import SCAN, WIDEST, chunk_of, family, halved
 from farspan.ops.gated_linear.triton import gated_linear_attention_triton
 from farspan.ops.ssd.gradient_kernels import shared_gradient_kernel, step_gradient_kernel, value_gradient_kernel
 from farspan.ops.ssd.kernels import output_kernel, prepare_kernel, state_kernel
@@ -95,10 +95,10 @@ class _Inputs(NamedTuple):
 
     def constants(self, most: int, tiles: int, *switches: tuple[str, int]) -> Constants:
         """Compile-time arguments of a kernel that reads so many tiles of values and states at each step."""
-        return _constants(self.q.dtype, self.q.shape[3], self.v.shape[3], rows.CHUNK, most, tiles, *switches)
+        return _constants(self.q.dtype, self.q.shape[3], self.v.shape[3], chunk_of(self.q), most, tiles, *switches)
 
     def plan(self) -> Plan:
-        return plan_chunks(self.v, self.cu_seqlens, rows.CHUNK, self.v.shape[2] * self.blocks)
+        return plan_chunks(self.v, self.cu_seqlens, chunk_of(self.q), self.v.shape[2] * self.blocks)
 
 
 def _results(*arguments: Any) -> tuple[Tensor, ...]:
@@ -106,7 +106,7 @@ def _results(*arguments: Any) -> tuple[Tensor, ...]:
     x = _Inputs(*arguments)
     batch, length, heads, values = x.v.shape
     sequences = batch if x.cu_seqlens is None else x.cu_seqlens.shape[0] - 1
-    chunks = most_chunks(length, batch, x.cu_seqlens, rows.CHUNK)
+    chunks = most_chunks(length, batch, x.cu_seqlens, chunk_of(x.q))
     final = x.v.new_empty(sequences, heads, x.q.shape[3], values, dtype=torch.float32)
     states = x.v.new_empty(chunks, *final.shape[1:])
     step = final.new_empty(heads, batch * length)
@@ -130,7 +130,7 @@ def _run(x: _Inputs, plan: Plan, results: tuple[Tensor, ...]) -> None:
     out, final, states, step, total = results
     chunks, heads = plan.chunks.shape[0], x.v.shape[2]
     by_group = chunks, x.q.shape[2]
-    constants = _step_constants(heads, rows.CHUNK, x.bias is not None, x.softplus)
+    constants = _step_constants(heads, chunk_of(x.q), x.bias is not None, x.softplus)
     bias, skip = (x.a if t is None else t for t in (x.bias, x.skip))
     arguments: tuple[Any, ...] = (x.dt, x.a, bias, step, total, plan.chunks, x.low, x.high, heads, x.sizes[2])
     launch(prepare_kernel, (chunks, -(-heads // constants["BH"])), arguments, constants, WARPS)
@@ -233,7 +233,7 @@ def _run_backward(
         x.q, x.k, x.v, skip, *decays, d_out, d_states, dv, dw, net, left, skipped, plan.chunks, *x.sizes,
     )  # fmt: skip
     _launch(value_gradient_kernel, by_group, arguments, x.constants(VALUE, 2, ("HAS_SKIP", x.skip is not None)))
-    constants = _step_constants(heads, rows.CHUNK, x.bias is not None, x.softplus, x.blocks)
+    constants = _step_constants(heads, chunk_of(x.q), x.bias is not None, x.softplus, x.blocks)
     arguments = (
         x.dt, x.a, bias, step, asked, net, left, dw, skipped, kept, d_dt, parts, plan.chunks, x.low, x.high, heads,
         x.sizes[2],
@@ -244,7 +244,7 @@ def _run_backward(
 
 def _rehearse(x: _Inputs) -> None:
     """Makes all launches on sequences of two chunks, cut into two segments and whole."""
-    chunk = rows.CHUNK
+    chunk = chunk_of(x.q)
     length = 2 * chunk
     q, k, v, dt = (t.new_empty(1, length, *t.shape[2:]) for t in x[:4])
     initial = None if x.initial is None else x.initial.new_empty(1, *x.initial.shape[1:])
@@ -266,7 +266,7 @@ def _warps(family: int, numbers: tuple[int, int, int]) -> int:
     """Warps of a program that holds so many state and value channels, of so many bytes."""
     width, values, size = numbers
     few = size > 2 or (values <= rows.NARROWEST and (family > 8 or width <= rows.NARROWEST))
-    return WARPS if few else 2 * WARPS
+    return WARPS if few and not halved(family, size) else 2 * WARPS
 
 
 @functools.cache
