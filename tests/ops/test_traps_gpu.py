@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from farspan.evaluation import op_tune
 from farspan.evaluation.op_cases import CASES
 from farspan.evaluation.op_workload import Workload
-from farspan.ops import dilated_attention, dynamic_mask_attention, gated_linear_attention
+from farspan.ops import _tiles, dilated_attention, dynamic_mask_attention, gated_linear_attention
 from tests import tolerances
 from tests.ops import test_attention_kernels_gpu, test_gated_linear, test_kernels_gpu
 from tests.ops.checks import Named, assert_close, assert_same, cast, outputs_and_gradients
@@ -72,6 +73,29 @@ def test_a_gradient_that_is_one_number_seen_everywhere_is_read_as_such(name: str
         found.append({key: x.grad for key, x in workload.leaves.items() if x.grad is not None})
     for key, want in found[0].items():
         assert_close(found[1][key], want, tolerances.BFLOAT16, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", op_tune.TUNED)
+def test_every_tile_that_a_tuner_may_choose_gives_the_same(name: str) -> None:
+    from triton.errors import TritonError
+
+    workload = CASES[name].make(2, 300, BF16, CUDA)
+    with _tiles.trial({}):
+        wanted = results(workload)
+        choices = _tiles.candidates()
+    ran = 0
+    for key, (_, *others) in choices.items():
+        for tile in others:
+            with _tiles.trial({key: tile}):
+                try:
+                    got = results(workload)
+                except TritonError:  # more than the card's shared memory or registers, which a tuner passes over
+                    continue
+            ran += 1
+            for result, want in wanted.items():
+                assert_close(got[result], want, tolerances.BFLOAT16, f"{key} {tile}: {result}")
+    assert ran
 
 
 @pytest.mark.slow
