@@ -99,7 +99,8 @@ def test_metala_and_duality_of_such_heads_match_reference(monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("duality")
 def test_halved_chunks_and_heads_match_reference(monkeypatch: pytest.MonkeyPatch, cosine: partial) -> None:
-    for module in (tiles, kernels, rows, ssd_triton):
+    monkeypatch.setattr(tiles, "asked_family", lambda device: 8)
+    for module in (kernels, rows, ssd_triton):
         monkeypatch.setattr(module, "family", lambda device: 8)
     monkeypatch.setattr(tiles, "CHUNK", 32)
     forms = (

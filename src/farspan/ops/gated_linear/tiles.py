@@ -52,29 +52,37 @@ CANDIDATES = {
 }
 
 
-@functools.cache
-def family(device: int) -> int:
+def asked_family(device: int) -> int:
     """The architecture family of a card; the interpreter counts as the newest that is known."""
-    return 9 if INTERPRETED else torch.cuda.get_device_capability(device)[0]
+    return 9 if INTERPRETED else torch.cuda.get_device_properties(device).major
+
+
+# The same, remembered, for what torch.compile does not trace.
+family = functools.cache(asked_family)
 
 
 def halved(family: int, size: int) -> bool:
     """Whether kernels take chunks and heads of half the size, for the bytes of an operand.
 
     A product of float32 is three, of parts that have to be in registers before Hopper: of whole chunks, up to 22 KB a
-    thread were spilled. On Hopper it is 3 KB at most, and halved kernels, which spill nothing, are slower.
+    thread were spilled. On Hopper it is 3.3 KB at most, and halved kernels, which spill nothing, are slower.
     """
     return size > 2 and family < 9
 
 
 def chunk_of(like: Tensor) -> int:
     """Tokens of a chunk of a tensor, by its dtype and card."""
-    return CHUNK // 2 if halved(family(like.get_device()), like.element_size()) else CHUNK
+    return CHUNK // _parts(like)
 
 
 def widest_of(like: Tensor) -> int:
     """Channels of a head of a tensor that a kernel holds, by its dtype and card."""
-    return WIDEST // 2 if halved(family(like.get_device()), like.element_size()) else WIDEST
+    return WIDEST // _parts(like)
+
+
+def _parts(like: Tensor) -> int:
+    size = like.element_size()
+    return 2 if size > 2 and halved(asked_family(like.get_device()), size) else 1
 
 
 def whole(tile: Tile, columns: int) -> Tile:
