@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from farspan.ops.gated_linear import chunk_kernels, extreme_kernels, kernels
-from farspan.ops.gated_linear.launches import LIMIT, ROW_NUMBERS, gradient_block
+from farspan.ops.gated_linear.launches import LIMIT, ROW_NUMBERS, gradient_block, in_steps
 from farspan.ops.gated_linear.tiles import CHUNK, NARROWEST, WIDEST, Tile, Tiles, halved, tiles, whole
 from farspan.ops.metala.triton import LARGEST_VALUE_WIDTH
 
@@ -136,11 +136,23 @@ def of_rows(choice: Tiles, values: int, normalized: bool, extreme: bool = True) 
     return chosen
 
 
-def launches(architecture: int, dtype: torch.dtype, width: int, decay: int) -> list[Launch]:
-    """Kernel, its warps, stages and registers, and the arguments that differ from launch to launch."""
-    family, size = architecture // 10, dtype.itemsize
+def gradients(architecture: int, dtype: torch.dtype, width: int, decay: int, values: int = 128) -> list[Launch]:
+    """The `launches` that give gradients, of so many values per head."""
+    family, size, padded = architecture // 10, dtype.itemsize, max(NARROWEST, values)
     channels, together = gradient_block(family, size, width, decay)
     choice, own = tiles(family, width, size), tiles(family, channels, size).gradient
+    columns = min(own[0], padded) if together else in_steps(own[0], values)
+    options = {"BV": columns, "BK": channels, "TOGETHER": -(-values // columns) if together else 1}
+    chosen: list[Launch] = [(chunk_kernels.gradient_kernel, own[1:], options)]
+    if decay:
+        options = {"BV": min(choice.gradient[0], padded), "BK": NARROWEST}
+        chosen.append((extreme_kernels.extreme_gradient_kernel, (8, 1, None), options))
+    return chosen
+
+
+def launches(architecture: int, dtype: torch.dtype, width: int, decay: int) -> list[Launch]:
+    """Kernel, its warps, stages and registers, and the arguments that differ from launch to launch."""
+    choice = tiles(architecture // 10, width, dtype.itemsize)
 
     def walk(tile: Tile, reverse: bool = False, kept: bool = False) -> Launch:
         forms = {"REVERSE": reverse, "STORE_VALUES": reverse, "KEPT": kept}
@@ -151,16 +163,11 @@ def launches(architecture: int, dtype: torch.dtype, width: int, decay: int) -> l
         walk(choice.state),
         walk(choice.state, True),
         (kernels.scan_kernel, (2, 1, None), {"REVERSE": False}),
-        (
-            chunk_kernels.gradient_kernel,
-            own[1:],
-            {"BV": own[0], "BK": channels, "TOGETHER": 128 // own[0] if together else 1},
-        ),
+        *gradients(architecture, dtype, width, decay),
         *of_rows(choice, 128, decay == 3, decay > 0),
     ]
     if decay:
-        options = {"BV": choice.gradient[0], "BK": NARROWEST}
-        chosen += [walk(choice.kept, True, True), (extreme_kernels.extreme_gradient_kernel, (8, 1, None), options)]
+        chosen.append(walk(choice.kept, True, True))
     return chosen
 
 
@@ -193,6 +200,20 @@ def test_kernels_compile(architecture: int, dtype: torch.dtype, width: int, deca
         apart = kernel is chunk_kernels.gradient_kernel and width > NARROWEST
         values = constants(dtype, width, decay, chunk_of(architecture, dtype)) | differing
         fits(kernel, architecture, dtype, values, options, tmp_path, apart)
+
+
+@pytest.mark.parametrize(("values", "kept"), [(32, False), (64, False), (64, True), (128, True)])
+@pytest.mark.parametrize("decay", [1, 2, 3])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_gradients_of_few_values_or_with_a_given_state_compile(
+    architecture: int, width: int, decay: int, values: int, kept: bool, tmp_path: Path
+) -> None:
+    given = {"V": values, "KEPT": kept, "BLOCKS": -(-values // NARROWEST)}
+    for kernel, options, differing in gradients(architecture, torch.bfloat16, width, decay, values):
+        apart = kernel is chunk_kernels.gradient_kernel and width > NARROWEST
+        numbers = constants(torch.bfloat16, width, decay) | differing | given
+        fits(kernel, architecture, torch.bfloat16, numbers, options, tmp_path, apart)
 
 
 @pytest.mark.parametrize(("architecture", "width"), [(80, 128), (90, 64), (90, 128)])

@@ -5,7 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from farspan.ops import cosine_attention, gated_linear_attention, metala_attention, state_space_duality
+from farspan.ops import _tiles, cosine_attention, gated_linear_attention, metala_attention, state_space_duality
+from farspan.ops.gated_linear import launches, rows, tiles
+from farspan.ops.ssd import triton as ssd_triton
 from tests import tolerances
 from tests.ops import test_cosine, test_gated_linear, test_metala, test_ssd
 from tests.ops.checks import Named, assert_close, assert_same, boundaries, outputs_and_gradients
@@ -62,6 +64,25 @@ def compare(op: partial, x: Named, tolerance: float) -> None:
 def test_gated_linear_matches_torch(dtype: torch.dtype, decay: str, widths: tuple[int, int]) -> None:
     x = on_gpu(test_gated_linear.make(300, decay, heads=3, width=widths[0], value_width=widths[1]), dtype)
     compare(partial(gated_linear_attention, output_final_state=True), x, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", ["channel", "extreme", "metala", "cosine", "ssd"])
+def test_halved_chunks_and_heads_match_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32 as on cards without warp-group instructions."""
+    sizes = {"heads": 3, "width": 96, "value_width": 128}
+    forms = {
+        "metala": (metala_attention, lambda: test_metala.make(300, heads=3, width=64, value_width=128)),
+        "cosine": (cosine_attention, lambda: test_cosine.make(300)),
+        "ssd": (state_space_duality, lambda: test_ssd.make(300)),
+    }
+    op, make = forms.get(name, (gated_linear_attention, lambda: test_gated_linear.make(300, name, **sizes)))
+    for module in (launches, rows, tiles, ssd_triton):
+        monkeypatch.setattr(module, "asked_family" if module is tiles else "family", lambda device: 8)
+    _tiles.forget()
+    try:
+        compare(partial(op, output_final_state=True), on_gpu(make(), torch.float32), tolerances.FLOAT32)
+    finally:
+        _tiles.forget()
 
 
 @pytest.mark.parametrize("decay", ["head", "channel", "extreme"])

@@ -170,7 +170,7 @@ def gradient_kernel(
             b_dk = tl.dot(b_v, b_ds, b_dk, input_precision=PRECISION)
             if DECAY != 0 and not KEPT:
                 b_kept += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=0)
-    if KEPT:
+    if KEPT and DECAY == 1:
         b_kept += kept_by_walk(kept, place, o_k, K, BLOCKS)
     if DECAY == 1:
         b_line = head_decay(gate + row, half + place * K, o_t, m_t, H)
@@ -182,7 +182,7 @@ def gradient_kernel(
     b_dat = tl.where(o_t[:, None] <= o_t[None, :], b_dat, 0.0).to(DOT)
     b_k = tl.load(k_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
     b_q = tl.load(q_tilde + base + o_x, mask=mask, other=0.0).to(DOT)
-    b_at_end = b_kept + tl.sum(b_k.to(tl.float32) * b_dk, axis=0)
+    b_at_end = tl.sum(b_k.to(tl.float32) * b_dk, axis=0)
     b_dq = tl.dot(b_da, b_k, b_dq, input_precision=PRECISION)
     b_dk = tl.dot(b_dat, b_q, b_dk, input_precision=PRECISION)
     if AUGMENT:
@@ -201,7 +201,9 @@ def gradient_kernel(
             b_offset = b_line[:, None]
         else:
             b_dg = cumsum(b_q.to(tl.float32) * b_dq - b_k.to(tl.float32) * b_dk, True, BT, FAST, PART)
-            b_dg += b_at_end[None, :]
+            if KEPT:
+                b_kept += kept_by_walk(kept, place, o_k, K, BLOCKS)
+            b_dg += (b_at_end + b_kept)[None, :]
             b_z, _, b_g = key_and_decay(
                 k, gate, row, o_t[:, None], o_k[None, :], m_t[:, None], mask, tau, H, K, DECAY, FAST
             )  # fmt: skip

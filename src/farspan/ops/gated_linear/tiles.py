@@ -12,6 +12,8 @@ from farspan.ops._launch import INTERPRETED
 NARROWEST = 64
 # Channels or columns of a program where no such instruction is: before Hopper.
 NARROW = 32
+# Architecture families that have them: Hopper and the Blackwell of data centres.
+WARP_GROUP = (9, 10)
 # Tokens of a chunk, and channels of a head that a kernel holds; those of keys beyond are further heads.
 CHUNK, WIDEST = 64, 128
 
@@ -34,7 +36,6 @@ class Tiles(NamedTuple):
 HALVED = Tiles((16, 8, 1, None), (128, 8, 1, None), (NARROW, 8, 1, None), WIDE, (16, 8, 1, None))
 # (architecture family, padded K up to, bytes of an operand) -> tiles. The nearest older family serves an unlisted one.
 TILES = {
-    (8, 64, 4): HALVED,
     (8, 64, 2): Tiles((64, 4, 2, None), (128, 8, 1, None), (64, 8, 2, None), WIDE, (64, 4, 1, None)),
     (8, 128, 2): Tiles((64, 8, 1, None), (64, 8, 1, None), (64, 8, 2, None), WIDE, (64, 8, 1, None)),
     (9, 64, 2): Tiles(),
@@ -64,10 +65,11 @@ family = functools.cache(asked_family)
 def halved(family: int, size: int) -> bool:
     """Whether kernels take chunks and heads of half the size, for the bytes of an operand.
 
-    A product of float32 is three, of parts that have to be in registers before Hopper: of whole chunks, up to 22 KB a
-    thread were spilled. On Hopper it is 3.3 KB at most, and halved kernels, which spill nothing, are slower.
+    A product of float32 is three, of parts that have to be in registers where no warp-group instruction is: of whole
+    chunks, up to 22 KB a thread were spilled. With one it is 3.3 KB at most, and halved kernels, which hardly spill,
+    are slower.
     """
-    return size > 2 and family < 9
+    return size > 2 and family not in WARP_GROUP
 
 
 def chunk_of(like: Tensor) -> int:
@@ -92,6 +94,8 @@ def whole(tile: Tile, columns: int) -> Tile:
 
 def tiles(family: int, width: int, size: int) -> Tiles:
     """The entry of the table for an architecture family, a padded K and the bytes of an operand."""
+    if halved(family, size):
+        return HALVED
     known = max(entry[0] for entry in TILES if entry[0] <= family)
     fitting = (entry for entry in sorted(TILES) if entry[0] == known and width <= entry[1] and size <= entry[2])
     return TILES[next(fitting)]
