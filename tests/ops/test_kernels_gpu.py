@@ -76,11 +76,12 @@ def test_halved_chunks_and_heads_match_torch(name: str, monkeypatch: pytest.Monk
         "ssd": (state_space_duality, lambda: test_ssd.make(300)),
     }
     op, make = forms.get(name, (gated_linear_attention, lambda: test_gated_linear.make(300, name, **sizes)))
+    past = {"initial_count": torch.tensor([3, 0], device="cuda")} if name == "cosine" else {}
     for module in (launches, rows, tiles, ssd_triton):
         monkeypatch.setattr(module, "asked_family" if module is tiles else "family", lambda device: 8)
     _tiles.forget()
     try:
-        compare(partial(op, output_final_state=True), on_gpu(make(), torch.float32), tolerances.FLOAT32)
+        compare(partial(op, output_final_state=True, **past), on_gpu(make(), torch.float32), tolerances.FLOAT32)
     finally:
         _tiles.forget()
 

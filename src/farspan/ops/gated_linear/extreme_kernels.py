@@ -102,8 +102,7 @@ def _over_values(
 ):  # fmt: skip
     """`x y^T` of rows of V entries at these pointers."""
     b_xy = tl.zeros([m_x.shape[0], m_y.shape[0]], tl.float32)
-    # A loop of one step would be none, see `_sum`.
-    part: tl.constexpr = BV // 4 if V <= BV // 2 and BV > 32 else BV // 2
+    part: tl.constexpr = BV // 2  # a loop of one step would be none, see `_sum`
     for i_v in range(tl.cdiv(V, part)):
         o_v = i_v * part + tl.arange(0, part)
         b_x = tl.load(p_x[:, None] + o_v[None, :], mask=m_x[:, None] & (o_v < V)[None, :], other=0.0).to(DOT)

@@ -24,8 +24,6 @@ from farspan.ops.gated_linear.tiles import (
     whole,
 )
 
-# Fewest entries of a product's sum.
-FEWEST = 16
 # Numbers of a program of the row kernel.
 ROW_NUMBERS = 4096
 # Half of the range of the log decay in a chunk up to which one factorisation serves; exp of it must fit the dtype.
@@ -159,8 +157,6 @@ def run_backward(
     device, size = q.get_device(), q.element_size()
     channels, together = gradient_block(family(device), size, common["BK"], common["DECAY"])
     own = _device_tiles(device, channels, size).gradient
-    if not together:
-        own = (in_steps(own[0], common["V"]), *own[1:])
     blocks = -(-v.shape[3] // min(own[0], common["V_PADDED"])) if together else 1
     _launch(
         chunk_kernels.gradient_kernel, (chunks, heads, common["BK"] // channels), own, common,
@@ -228,11 +224,6 @@ def gradient_block(family: int, size: int, width: int, decay: int) -> tuple[int,
     hopper = family > 8 and size == 2
     channels = width if decay < 2 else NARROWEST if hopper or size > 2 else NARROW
     return channels, hopper and width <= NARROWEST
-
-
-def in_steps(columns: int, values: int) -> int:
-    """Values that a loop takes at once: of one step it would be none, and registers would hold all that it reads."""
-    return max(FEWEST, min(columns, 1 << (values - 1).bit_length() >> 1))
 
 
 def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:
