@@ -64,8 +64,9 @@ def gated_linear_attention(
         BackendUnavailable: a backend that was named and cannot serve.
 
     Cost:
-        Time O(T · (C + V) · K) per head with chunks of C = 64 tokens, memory for the backward pass O(T/C · K · V) per
-        head beside the inputs. The state holds K · V numbers per head. T = 1 takes a few tensor operations.
+        Time O(T · (C + V) · K) per head with chunks of C = 64 tokens (32 in float32 on cards without warp-group
+        instructions, such as those before Hopper), memory for the backward pass O(T/C · K · V) per head beside the
+        inputs. The state holds K · V numbers per head. T = 1 takes a few tensor operations.
 
     Note:
         The result is exact for every decay: where the decays within a chunk are moderate, one factorisation about the
@@ -75,9 +76,9 @@ def gated_linear_attention(
         final state. That of log_decay is a sum of differences `q dq - k dk`, and rounds like these terms; the kernels
         take that of one decay per head from what is not rounded.
         The kernels take 16-bit and float32 inputs, use no atomic operations (repeated calls agree to the bit), and
-        compile once per K, V, dtype and rank of the decay, whatever B, T and H are. Heads with K > 128 run as several
-        narrower ones, each with its own copy of v in float32. Keys that heads share are laid out for each of them
-        first; `state_space_duality` reads shared keys and queries in place.
+        compile once per K, V, dtype and rank of the decay, whatever B, T and H are. Heads with K > 128 (K > 64 where
+        chunks are of 32 tokens) run as several narrower ones, each with its own copy of v in float32. Keys that heads
+        share are laid out for each of them first; `state_space_duality` reads shared keys and queries in place.
 
     Source:
         Yang et al., "Gated Linear Attention Transformers with Hardware-Efficient Training" (arXiv:2312.06635),

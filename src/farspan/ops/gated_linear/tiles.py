@@ -83,7 +83,7 @@ def widest_of(like: Tensor) -> int:
 
 
 def _parts(like: Tensor) -> int:
-    size = like.element_size()
+    size = like.element_size()  # 16 bits ask for no card
     return 2 if size > 2 and halved(asked_family(like.get_device()), size) else 1
 
 
