@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +20,15 @@ if INTERPRETED:
         # torch.compile leaves alone what a mode looks at.
         with contextlib.nullcontext() if "compiled" in request.node.name else recording.CheckedNodes():
             yield
+
+
+@pytest.fixture(autouse=True)
+def _kernels_compiled() -> Iterator[None]:
+    """Kernels that compile in threads are waited for: Triton sets filters of warnings there, which are the process's."""
+    yield
+    module = sys.modules.get("farspan.ops._launch")
+    for begun in list(module._pending.values()) if module else ():
+        begun.exception()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,10 +16,10 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is available"),
 ]
-WIDTHS = [(64, 128), (32, 48), (20, 33), (128, 128), (128, 200), (256, 64), (129, 33)]
+WIDTHS = [(64, 128), (32, 48), (20, 33), (64, 32), (128, 16), (128, 128), (128, 200), (256, 64), (129, 33)]
 FORMS = [
     *((torch.bfloat16, widths) for widths in WIDTHS),
-    *((torch.float32, widths) for widths in (*WIDTHS[:3], WIDTHS[-1])),
+    *((torch.float32, widths) for widths in (*WIDTHS[:4], WIDTHS[-1])),
     (torch.float16, WIDTHS[0]),
 ]
 # Of rows that the norm takes whole, the widest, and wider than a program takes.

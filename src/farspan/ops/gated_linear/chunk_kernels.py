@@ -154,8 +154,14 @@ def gradient_kernel(
     b_da, b_dat = tl.zeros([BT, BT], tl.float32), tl.zeros([BT, BT], tl.float32)
     b_dq, b_dk = tl.zeros([BT, BK], tl.float32), tl.zeros([BT, BK], tl.float32)
     b_kept = tl.zeros([BK], tl.float32)
-    for i_v in range(0, tl.cdiv(V, BV), TOGETHER):
-        for i_o in tl.static_range(TOGETHER):  # no loop, or reads of sums between products serialise these
+    blocks: tl.constexpr = (V + BV - 1) // BV
+    together: tl.constexpr = blocks if TOGETHER else 1  # no loop, or reads of sums between products serialise these
+    steps = blocks
+    if DECAY < 2 and not TOGETHER:
+        # Steps of a loop whose number is known are written out and read everything at once; `last` is never taken.
+        steps = tl.where(last > t, blocks, last)
+    for i_v in range(0, steps, together):
+        for i_o in tl.static_range(together):
             o_v = (i_v + i_o) * BV + tl.arange(0, BV)
             m_v = m_t[:, None] & (o_v < V)[None, :]
             m_s = (o_v < V)[:, None] & m_k[None, :]
@@ -171,7 +177,7 @@ def gradient_kernel(
             if DECAY != 0 and not KEPT:
                 b_kept += tl.sum(b_s.to(tl.float32) * b_ds.to(tl.float32), axis=0)
     if KEPT and DECAY == 1:
-        b_kept += kept_by_walk(kept, place, o_k, K, BLOCKS)
+        b_kept = kept_by_walk(kept, place, o_k, K, BLOCKS)
     if DECAY == 1:
         b_line = head_decay(gate + row, half + place * K, o_t, m_t, H)
         b_net = head_decay_gradient(

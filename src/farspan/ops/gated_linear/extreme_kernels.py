@@ -98,13 +98,13 @@ def _scores(
 
 @triton.jit
 def _over_values(
-    p_x, m_x, p_y, m_y, V: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
+    p_x, m_x, p_y, m_y, count, V: tl.constexpr, BV: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """`x y^T` of rows of V entries at these pointers."""
     b_xy = tl.zeros([m_x.shape[0], m_y.shape[0]], tl.float32)
-    part: tl.constexpr = BV // 2  # a loop of one step would be none, see `_sum`
-    for i_v in range(tl.cdiv(V, part)):
-        o_v = i_v * part + tl.arange(0, part)
+    # Steps of a loop whose number is known are written out, see `_sum`; the last of these numbers is never taken.
+    for i_v in range(tl.where(count > 0, tl.cdiv(V, BV), count)):
+        o_v = i_v * BV + tl.arange(0, BV)
         b_x = tl.load(p_x[:, None] + o_v[None, :], mask=m_x[:, None] & (o_v < V)[None, :], other=0.0).to(DOT)
         b_y = tl.load(p_y[None, :] + o_v[:, None], mask=m_y[None, :] & (o_v < V)[:, None], other=0.0).to(DOT)
         b_xy = tl.dot(b_x, b_y, b_xy, input_precision=PRECISION)
@@ -212,8 +212,8 @@ def _extreme_gradient(
             b_dv += b_do.to(tl.float32) * (b_u * (b_r - b_r * b_r) if INSIDE else b_r)
         tl.store(dv + o_y, b_dv.to(dv.dtype.element_ty), mask=m_y)
     p_v, p_do = v + row * V + o_t * (H * V), d_out + row * V + o_t * (H * V)
-    b_da = _over_values(p_do, m_t, p_v, m_t, V, BV, DOT, PRECISION)
-    b_dat = _over_values(p_v, m_t, p_do, m_t, V, BV, DOT, PRECISION)
+    b_da = _over_values(p_do, m_t, p_v, m_t, count, V, BV, DOT, PRECISION)
+    b_dat = _over_values(p_v, m_t, p_do, m_t, count, V, BV, DOT, PRECISION)
     b_same = tl.sum(tl.where(earlier & later, b_da, 0.0), axis=1)[:, None]
     b_da = tl.where(later, b_dat, b_da).to(DOT)
     b_sum, end = tl.zeros([BT], tl.float32), 0.0
@@ -221,8 +221,8 @@ def _extreme_gradient(
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = o_k < K
         p_s, p_ds = states + own + o_k * V, d_states + own + o_k * V
-        b_dq = _over_values(p_do, m_t, p_s, m_k, V, BV, DOT, PRECISION)
-        b_dk = _over_values(p_v, m_t, p_ds, m_k, V, BV, DOT, PRECISION)
+        b_dq = _over_values(p_do, m_t, p_s, m_k, count, V, BV, DOT, PRECISION)
+        b_dk = _over_values(p_v, m_t, p_ds, m_k, count, V, BV, DOT, PRECISION)
         b_kept = tl.zeros([BK], tl.float32)
         if KEPT:
             b_kept += kept_by_walk(kept, place, o_k, K, BLOCKS)

@@ -16,9 +16,11 @@ from farspan.ops.gated_linear.tiles import (
     NARROW,
     NARROWEST,
     SCAN,
+    WIDEST,
     Tile,
     Tiles,
     chunk_of,
+    extreme_gradient,
     family,
     tiles,
     whole,
@@ -155,18 +157,17 @@ def run_backward(
     d_key = dq if k is None else dk
     _states(prepared.q, d_out, prepared, d_final, d_states, d_initial, plan, common, back)
     device, size = q.get_device(), q.element_size()
-    channels, together = gradient_block(family(device), size, common["BK"], common["DECAY"])
+    channels, together = gradient_block(family(device), size, common["BK"], common["V"], common["DECAY"])
     own = _device_tiles(device, channels, size).gradient
-    blocks = -(-v.shape[3] // min(own[0], common["V_PADDED"])) if together else 1
     _launch(
         chunk_kernels.gradient_kernel, (chunks, heads, common["BK"] // channels), own, common,
         q, own_k, prepared.q, prepared.k, v, own_gate, prepared.half, own_weight, d_out, states, d_states,
         dq, d_key, d_gate, du, shares, kept, plan.chunks, form.scale, form.normalizer, heads, BK=channels,
-        TOGETHER=blocks, **sums,
+        TOGETHER=together, **sums,
     )  # fmt: skip
     if gate is not None:
         _launch(
-            extreme_kernels.extreme_gradient_kernel, (_many(plan), heads), (tiles.gradient[0], 8, 1, None), common,
+            extreme_kernels.extreme_gradient_kernel, (_many(plan), heads), extreme_gradient(family(device)), common,
             q, own_k, prepared.k, v, gate, prepared.half, prepared.u, own_weight, d_out, states, d_states,
             dq, d_key, dv, d_gate, du, shares, kept, plan.chunks, chunks, form.scale, form.normalizer, heads,
             BK=NARROWEST, **sums,
@@ -215,15 +216,16 @@ def _states(
     walk(entering, end, lost, (True, False, False))
 
 
-def gradient_block(family: int, size: int, width: int, decay: int) -> tuple[int, bool]:
+def gradient_block(family: int, size: int, width: int, values: int, decay: int) -> tuple[int, bool]:
     """Channels of a program for gradients, and whether its products are written out rather than in a loop.
 
     Channels that decay by themselves share no more than `d_out v^T`: a program takes as many as registers hold.
-    Hopper's products of 16 bits run on beside each other, written out, while registers last: for heads of few channels.
+    Hopper's products of 16 bits run on beside each other, written out, while registers last: for heads of few channels
+    and values.
     """
     hopper = family > 8 and size == 2
     channels = width if decay < 2 else NARROWEST if hopper or size > 2 else NARROW
-    return channels, hopper and width <= NARROWEST
+    return channels, hopper and width <= NARROWEST and values <= WIDEST
 
 
 def plan_of(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Plan:

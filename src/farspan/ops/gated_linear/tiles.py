@@ -36,11 +36,11 @@ class Tiles(NamedTuple):
 HALVED = Tiles((16, 8, 1, None), (128, 8, 1, None), (NARROW, 8, 1, None), WIDE, (16, 8, 1, None))
 # (architecture family, padded K up to, bytes of an operand) -> tiles. The nearest older family serves an unlisted one.
 TILES = {
-    (8, 64, 2): Tiles((64, 4, 2, None), (128, 8, 1, None), (64, 8, 2, None), WIDE, (64, 4, 1, None)),
+    (8, 64, 2): Tiles((64, 4, 2, None), (128, 8, 1, None), (NARROW, 8, 2, None), WIDE, (64, 4, 1, None)),
     (8, 128, 2): Tiles((64, 8, 1, None), (64, 8, 1, None), (64, 8, 2, None), WIDE, (64, 8, 1, None)),
     (9, 64, 2): Tiles(),
     (9, 128, 2): Tiles((64, 4, 2, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 8, 3, None)),
-    (9, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (64, 8, 1, None), WIDE, (64, 4, 1, None)),
+    (9, 128, 4): Tiles((64, 4, 1, None), (64, 8, 1, None), (NARROW, 8, 1, None), WIDE, (64, 4, 1, None)),
 }
 
 # What `farspan bench ops --tune` tries.
@@ -85,6 +85,11 @@ def widest_of(like: Tensor) -> int:
 def _parts(like: Tensor) -> int:
     size = like.element_size()  # 16 bits ask for no card
     return 2 if size > 2 and halved(asked_family(like.get_device()), size) else 1
+
+
+def extreme_gradient(family: int) -> Tile:
+    """The tile of the gradients of extreme chunks."""
+    return (NARROWEST if family in WARP_GROUP else NARROW, *WIDE[1:])
 
 
 def whole(tile: Tile, columns: int) -> Tile:
