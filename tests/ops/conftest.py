@@ -24,7 +24,7 @@ if INTERPRETED:
 
 @pytest.fixture(autouse=True)
 def _kernels_compiled() -> Iterator[None]:
-    """Kernels that compile in threads are waited for: Triton sets filters of warnings there, which are the process's."""
+    """Kernels that compile in threads are waited for: Triton sets filters of warnings there, for all threads."""
     yield
     module = sys.modules.get("farspan.ops._launch")
     for begun in list(module._pending.values()) if module else ():
