@@ -8,9 +8,9 @@ from torch import Tensor
 
 from farspan.ops._launch import INTERPRETED
 
-# Warp-group matrix instructions fail on blocks of 32 columns.
+# Warp-group matrix instructions of 16 bits fail on blocks of 32 columns.
 NARROWEST = 64
-# Channels or columns of a program where no such instruction is: before Hopper.
+# Channels or columns of a program where no such instruction is, before Hopper; values that float32 reads at a time.
 NARROW = 32
 # Architecture families that have them: Hopper and the Blackwell of data centres.
 WARP_GROUP = (9, 10)
